@@ -10,7 +10,14 @@ from orchestrator.core.budget import Ledger
 
 
 def played(
-    start: float, intent: float, rag: float, llm: float, clause: float, tts: float, own: float, stt_ms: float | None = None
+    start: float,
+    intent: float,
+    rag: float,
+    llm: float,
+    clause: float,
+    tts: float,
+    own: float,
+    stt_ms: float | None = None,
 ) -> Ledger:
     """A turn whose stages take the given seconds and that spends `own` seconds between each two of them."""
     ledger = Ledger(start, 445.0, 850.0, stt_ms)

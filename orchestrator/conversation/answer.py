@@ -1,0 +1,110 @@
+"""Where the answer's text comes from, and what takes its place when that fails."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+from orchestrator.conversation.prompt import build_messages
+from orchestrator.core.budget import Ledger
+from orchestrator.downstream.types import Call, Intent, Retrieval
+from orchestrator.errors import DownstreamError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
+    from orchestrator.conversation.runtime import Runtime
+    from orchestrator.store.record import HistoryEntry
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What is asked, in whose conversation."""
+
+    session_id: str
+    turn_number: int
+    text: str
+    history: tuple[HistoryEntry, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """One way to an answer. `stage` is what counts as degraded when it gives none."""
+
+    stage: str
+    open: Callable[[], AsyncIterator[str]]
+
+
+class AnswerStream:
+    """The answer's text, piece by piece, from the first source that gives any.
+
+    Sources in order: the LLM, RAG's own answer, the fallback LLM, the fallback sentence; without an LLM it is RAG's
+    stream first. `degraded` names the stages that failed, `truncated` says that a stream broke off in the middle.
+    """
+
+    def __init__(self, runtime: Runtime, question: Question, ledger: Ledger) -> None:
+        self._runtime = runtime
+        self._question = question
+        self._ledger = ledger
+        self.degraded: list[str] = []
+        self.truncated = False
+        self.last_error: DownstreamError | None = None
+
+    async def pieces(self, intent: Intent, retrieval: Retrieval | None) -> AsyncIterator[str]:
+        """Text deltas; none at all if no source has anything to say."""
+        clock, ledger = self._runtime.loop.time, self._ledger
+        first_token_stage = "rag" if ledger.rag_answers else "llm_first_token"
+        began = clock()
+        ledger.begin(first_token_stage, began)
+        ledger.begin("first_clause", began)
+        for source in self._sources(intent, retrieval):
+            told = False
+            try:
+                async with aclosing(cast("AsyncGenerator[str, None]", source.open())) as deltas:
+                    async for delta in deltas:
+                        if not told and not delta.isspace():
+                            told = True
+                            ledger.end(first_token_stage, clock())
+                        yield delta
+            except DownstreamError as error:
+                self.last_error = error
+                if told:
+                    self.truncated = True
+                    return
+            if told:
+                return
+            ledger.end(first_token_stage, clock())
+            if source.stage not in self.degraded:
+                self.degraded.append(source.stage)
+
+    def _sources(self, intent: Intent, retrieval: Retrieval | None) -> Iterable[_Source]:
+        services, settings = self._runtime.services, self._runtime.settings
+        question = self._question
+        messages = build_messages(settings.llm_system_prompt, question.history, intent, retrieval, question.text)
+        if services.llm is not None:
+            llm = services.llm
+            yield _Source("llm", lambda: llm.stream(messages, self._call("llm", settings.llm_timeout_ms)))
+            if retrieval is not None and retrieval.answer:
+                yield _Source("rag", lambda: _once(retrieval.answer))
+        elif services.rag is not None:
+            rag = services.rag
+            timeout = settings.rag_timeout_ms + settings.llm_timeout_ms
+            yield _Source("rag", lambda: rag.stream_query(question.text, self._call("rag", timeout)))
+        if services.fallback_llm is not None:
+            fallback = services.fallback_llm
+            yield _Source(
+                "fallback_llm", lambda: fallback.stream(messages, self._call("llm-fallback", settings.llm_timeout_ms))
+            )
+        if settings.fallback_text:
+            yield _Source("fallback", lambda: _once(settings.fallback_text))
+
+    def _call(self, stage: str, timeout_ms: float) -> Call:
+        question = self._question
+        left = self._ledger.left_ms(timeout_ms, self._runtime.loop.time())
+        return Call(question.session_id, question.turn_number, stage, left, self._runtime.settings.stall_timeout_ms)
+
+
+async def _once(text: str) -> AsyncIterator[str]:
+    yield text

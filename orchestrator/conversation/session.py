@@ -1,0 +1,496 @@
+"""A conversation: takes what the caller's side sends, steps the state machine, runs its effects.
+
+Everything here runs on the loop's thread and without an await, so a barge-in is answered within the call that
+brings it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from orchestrator.conversation.answer import Question
+from orchestrator.conversation.memory import Memory
+from orchestrator.conversation.outbox import Link, Outbox
+from orchestrator.conversation.playback import Heard
+from orchestrator.conversation.speculation import Speculation
+from orchestrator.conversation.turn import (
+    ClauseSpoken,
+    ClauseWritten,
+    Output,
+    ReaderStuck,
+    SpeechOver,
+    StageFailed,
+    Turn,
+    TurnBroken,
+)
+from orchestrator.core.budget import MAX_STT_MS, Breakdown, Ledger
+from orchestrator.core.fsm import Effect, Event, EventKind, Machine, State, step
+from orchestrator.core.transcript import Transcript
+from orchestrator.downstream.stt import SttEvent, SttFragmentEvent, SttUserSpeaking, SttVadEnd
+from orchestrator.wire.messages import (
+    PROTOCOL_VERSION,
+    Cancel,
+    Inbound,
+    Ping,
+    PlaybackReport,
+    SttFragment,
+    UserSpeaking,
+    VadEnd,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from orchestrator.conversation.runtime import MicrophoneRelay, Runtime
+    from orchestrator.errors import DownstreamError
+    from orchestrator.store.record import SessionRecord
+
+BREAKDOWNS_KEPT = 5
+CLOSE_GOING_AWAY = 1012
+CLOSE_SLOW_READER = 4408
+
+
+class Host(Protocol):
+    """Who keeps the sessions of a worker."""
+
+    def own(self, task: asyncio.Task[None]) -> None:
+        """Await a task that is ending."""
+        ...
+
+    def count_attached(self, change: int) -> None:
+        """A session got (+1) or lost (-1) its connection."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Stopped:
+    """A turn that was stopped, and what the caller heard of it."""
+
+    turn: Turn
+    heard: Heard
+    breakdown: Breakdown
+
+
+class Session:
+    """One conversation. Outlives its connections; `link` is the live one, or None."""
+
+    def __init__(self, runtime: Runtime, session_id: str, host: Host) -> None:
+        self.session_id = session_id
+        self.machine = Machine()
+        self.memory = Memory(runtime.wall(), runtime.settings.history_turns)
+        self.last_active = runtime.loop.time()
+        self.breakdowns: deque[Breakdown] = deque(maxlen=BREAKDOWNS_KEPT)
+        self._runtime = runtime
+        self._host = host
+        self._outbox = Outbox(session_id, runtime.wall)
+        self._turn: Turn | None = None
+        self._speculation: Speculation | None = None
+        self._relay: MicrophoneRelay | None = None
+        self._stopped: Stopped | None = None
+        self._stt_ms: float | None = None
+        self._state_since = runtime.loop.time()
+        self._draining = False
+        self._from_stt = False
+
+    @property
+    def link(self) -> Link | None:
+        """The live connection."""
+        return self._outbox.link
+
+    def restore(self, record: SessionRecord) -> None:
+        """Go on from what the store has. Sequence numbers leap, since some may have been sent after the last write."""
+        transcript = Transcript()
+        if record.state in (State.IDLE, State.LISTENING):
+            transcript = Transcript(tuple(record.utterance), (record.partial,) if record.partial else ())
+        self.machine = Machine(State.IDLE, record.turn_number, transcript)
+        self.memory = Memory.restored(record, self._runtime.settings.history_turns)
+        self._outbox.seq = record.seq + 1000
+
+    def record(self) -> SessionRecord:
+        """What the store keeps."""
+        machine = self.machine
+        return self.memory.record(
+            self.session_id,
+            machine.state.value,
+            machine.turn_number,
+            machine.transcript,
+            self._outbox.seq,
+            self._runtime.wall(),
+        )
+
+    def attach(self, link: Link, events: frozenset[str], last_seq: int | None, resumed: bool) -> None:
+        """`link` is the session's connection from now on: greet it and send the control messages it missed."""
+        missed = [] if last_seq is None else self._outbox.missed_since(last_seq)
+        self._outbox.link = link
+        self._host.count_attached(1)
+        self._outbox.events = events
+        self._draining = False
+        self.last_active = self._runtime.loop.time()
+        self._apply(Event(EventKind.ATTACHED, self.last_active), silent=True)
+        self._runtime.observer.session_state(self.machine.state.value, 1)
+        settings, tts = self._runtime.settings, self._runtime.services.tts
+        self._outbox.send(
+            "connected",
+            state=self.machine.state.value,
+            turn_number=self.machine.turn_number,
+            resumed=resumed,
+            node=self._runtime.node,
+            slot=self._runtime.slot,
+            protocol=PROTOCOL_VERSION,
+            budget_ms=settings.e2e_budget_ms,
+            audio_format=_audio_format(tts.sample_rate if tts is not None else settings.tts_sample_rate),
+            max_message_bytes=settings.max_message_bytes,
+        )
+        for payload in missed:
+            link.send_text(payload)
+        if tts is not None:
+            tts.prepare(self.session_id)
+
+    def detach(self, link: Link) -> None:
+        """The connection is gone; the conversation stays. Ignored if `link` is no longer the live one."""
+        if link is not self.link:
+            return
+        self._apply(Event(EventKind.DISCONNECTED, self._runtime.loop.time()), silent=True)
+        self._runtime.observer.session_state(self.machine.state.value, -1)
+        self._outbox.link = None
+        self._host.count_attached(-1)
+        self.last_active = self._runtime.loop.time()
+        if self._speculation is not None:
+            self._speculation.drop()
+        if self._relay is not None:
+            self._host.own(self._runtime.loop.create_task(_close_relay(self._relay)))
+            self._relay = None
+        if self._runtime.services.tts is not None:
+            self._runtime.services.tts.release(self.session_id)
+
+    def drain(self, reconnect_after_ms: int) -> None:
+        """The worker is going: say so, and close at the next IDLE."""
+        if self.link is None or self._draining:
+            return
+        self._draining = True
+        self._outbox.send("draining", reconnect_after_ms=reconnect_after_ms)
+        self._close_if_drained()
+
+    def receive(self, message: Inbound) -> None:
+        """A message from the client."""
+        now = self._runtime.loop.time()
+        self.last_active = now
+        if type(message) is SttFragment:
+            self._note_stt_latency(message.timestamp)
+            self._apply(Event(EventKind.FRAGMENT, now, message.text, message.is_final, message.mode))
+        elif type(message) is VadEnd:
+            self._apply(Event(EventKind.VAD_END, now, confidence=message.confidence))
+        elif type(message) is UserSpeaking:
+            self._apply(Event(EventKind.USER_SPEAKING, now, confidence=message.confidence))
+        elif type(message) is PlaybackReport:
+            self._take_playback_report(message)
+        elif type(message) is Cancel:
+            self._apply(Event(EventKind.CANCEL, now))
+        elif type(message) is Ping:
+            self._outbox.send("pong", id=message.id)
+
+    def receive_audio(self, pcm: bytes) -> None:
+        """Microphone audio, PCM16 mono 16 kHz: on to STT."""
+        self.last_active = self._runtime.loop.time()
+        if self._relay is None:
+            factory = self._runtime.services.stt_relay
+            if factory is None:
+                return
+            self._relay = factory(self.session_id, self.receive_stt, self._stt_failed)
+        self._relay.feed(pcm)
+
+    def receive_stt(self, event: SttEvent) -> None:
+        """What STT heard on this session's line."""
+        if self.link is None:
+            return
+        now = self._runtime.loop.time()
+        self._from_stt = True
+        try:
+            if isinstance(event, SttFragmentEvent):
+                self._note_stt_latency(event.timestamp)
+                self._apply(Event(EventKind.FRAGMENT, now, event.text, event.is_final))
+            elif isinstance(event, SttVadEnd):
+                self._apply(Event(EventKind.VAD_END, now, confidence=event.confidence))
+            elif isinstance(event, SttUserSpeaking):
+                self._apply(Event(EventKind.USER_SPEAKING, now, confidence=event.confidence))
+        finally:
+            self._from_stt = False
+
+    def reject(self, code: str, message: str) -> None:
+        """Tell the client that something it sent was not taken."""
+        self._outbox.error(code, message, retryable=False)
+
+    def resume_writing(self) -> None:
+        """The connection takes data again."""
+        if self._turn is not None and self._turn.playback is not None:
+            self._turn.playback.resume()
+
+    def describe(self) -> dict[str, Any]:
+        """For `GET /sessions/<id>`."""
+        return {
+            "session_id": self.session_id,
+            "state": self.machine.state.value,
+            "turn_number": self.machine.turn_number,
+            "connected": self.link is not None,
+            "node": self._runtime.node,
+            "slot": self._runtime.slot,
+            "text_buffer": self.machine.transcript.pieces,
+            "history": self.memory.as_dicts(),
+            "latency_breakdowns": list(self.breakdowns),
+        }
+
+    def _deliver(self, turn_number: int, output: Output) -> None:
+        """The one gate for stale work: what comes from a turn that is over goes no further."""
+        if not self.machine.is_current(turn_number) or self._turn is None:
+            return
+        if isinstance(output, (bytes, memoryview)):
+            self._outbox.send_audio(output)
+        else:
+            self._take_output(self._turn, output)
+
+    def _take_output(self, turn: Turn, output: Output) -> None:
+        now = self._runtime.loop.time()
+        if isinstance(output, (ClauseSpoken, ClauseWritten)):
+            if output.index == 0:
+                turn.ledger.first_audio(now)
+                spoken = isinstance(output, ClauseSpoken)
+                self._apply(Event(EventKind.FIRST_AUDIO if spoken else EventKind.TEXT_ANSWER, now, output.text))
+            else:
+                self._outbox.send("response_text", turn_number=turn.number, index=output.index, text=output.text)
+        elif isinstance(output, SpeechOver):
+            self._apply(Event(EventKind.SPEECH_FINISHED, now))
+        elif isinstance(output, StageFailed):
+            self._outbox.error(output.code, output.message, retryable=True, turn_number=turn.number)
+        elif isinstance(output, TurnBroken):
+            self._outbox.error(output.code, output.message, retryable=True, turn_number=turn.number)
+            self._apply(Event(EventKind.FAILED, now))
+        elif isinstance(output, ReaderStuck):
+            self._outbox.close(CLOSE_SLOW_READER, "the client does not read: over 5 s of audio unsent")
+
+    def _apply(self, event: Event, silent: bool = False) -> None:
+        before = self.machine
+        taken = step(before, event, self._runtime.policy)
+        if taken.row is None:
+            if not silent:
+                self._note_illegal(event)
+            return
+        self.machine = taken.machine
+        if taken.machine.state is not before.state:
+            self._note_state_change(before.state, event)
+        for effect in taken.row.effects:
+            _EFFECTS[effect](self, before, event)
+        if taken.machine.state is State.INTERRUPT:
+            self._apply(Event(EventKind.INTERRUPTED, event.at))
+        elif self._draining:
+            self._close_if_drained()
+
+    def _send_state_update(self, before: Machine, event: Event) -> None:
+        if not event.is_final or "state" in self._outbox.events:
+            machine = self.machine
+            state = State.LISTENING if machine.state is State.INTERRUPT else machine.state
+            self._outbox.send("state_update", state=state.value, text_buffer=machine.transcript.pieces)
+
+    def _speculate(self, before: Machine, event: Event) -> None:
+        if self._runtime.settings.speculation == "off":
+            return
+        if self._speculation is None:
+            self._speculation = Speculation(self._runtime, self.session_id)
+        self._speculation.consider(self.machine.transcript.text, self.machine.turn_number + 1, event.is_final)
+
+    def _start_turn(self, before: Machine, event: Event) -> None:
+        runtime, settings = self._runtime, self._runtime.settings
+        text = self.machine.transcript.text
+        deadline_ms = (
+            max(settings.intent_timeout_ms, settings.rag_timeout_ms)
+            + settings.llm_timeout_ms * (2 if settings.llm_fallback_base_url else 1)
+            + settings.tts_timeout_ms
+        )
+        ledger = Ledger(event.at, settings.e2e_budget_ms, deadline_ms, self._stt_ms)
+        self._stt_ms = None
+        adopted = self._speculation.adopt(text) if self._speculation is not None else None
+        if adopted is not None:
+            over = max(adopted.finished_at.values(), default=event.at) if adopted.done else event.at
+            ledger.saved_ms = max(0.0, (over - adopted.started) * 1000.0)
+        question = Question(self.session_id, self.machine.turn_number, text, self.memory.history())
+        self._turn = Turn(runtime, question, ledger, self._deliver, lambda: self._outbox.writable, adopted)
+        self._turn.start()
+        if "progress" in self._outbox.events:
+            self._outbox.send("processing", stage="understanding", progress=0.0, details={"text": text})
+
+    def _cancel_turn(self, before: Machine, event: Event) -> None:
+        """Stop the turn. Unless the user is simply not done, history keeps the question and what was heard."""
+        turn, self._turn = self._turn, None
+        if turn is None:
+            return
+        heard = turn.stop()
+        for task in turn.tasks:
+            self._host.own(task)
+        self._outbox.drop_audio()
+        user_goes_on = self.machine.state in (State.LISTENING, State.THINKING)
+        if not user_goes_on:
+            self.memory.add_turn(turn.number, turn.question.text, heard.text)
+        outcome = _STOP_OUTCOMES.get(event.kind, "interrupted")
+        breakdown = turn.breakdown(event.at)
+        self.breakdowns.append(breakdown)
+        self._runtime.observer.turn_ended(outcome, breakdown)
+        self._stopped = Stopped(turn, heard, breakdown)
+
+    def _announce_interrupted(self, before: Machine, event: Event) -> None:
+        if self._stopped is None:
+            return
+        turn, heard = self._stopped.turn, self._stopped.heard
+        stop_latency = self._runtime.loop.time() - event.at
+        self._outbox.send(
+            "interrupted",
+            turn_number=turn.number,
+            message="the caller spoke: the answer was stopped",
+            heard_text=heard.text,
+            played_ms=heard.played_ms,
+            stop_latency_ms=round(stop_latency * 1000.0, 3),
+        )
+        self._outbox.flush()
+        self._runtime.observer.barge_in_stopped(self._runtime.loop.time() - event.at)
+
+    def _send_response_ready(self, before: Machine, event: Event) -> None:
+        turn = self._turn
+        assert turn is not None
+        fields: dict[str, Any] = {
+            "turn_number": turn.number,
+            "text": event.text,
+            "is_partial": turn.more_follows,
+            "intent": turn.intent.name,
+            "confidence": turn.intent.confidence,
+        }
+        breakdown = turn.breakdown(event.at)
+        fields["thinking_ms"] = breakdown.get("thinking_ms", 0.0)
+        fields["audio"] = event.kind is EventKind.FIRST_AUDIO
+        rate = turn.playback.sample_rate if turn.playback is not None else self._runtime.settings.tts_sample_rate
+        fields["audio_format"] = _audio_format(rate)
+        fields["latency_breakdown"] = breakdown
+        self._outbox.send("response_ready", **fields)
+
+    def _complete_turn(self, before: Machine, event: Event) -> None:
+        turn, self._turn = self._turn, None
+        assert turn is not None
+        if turn.playback is not None:
+            turn.playback.stop()
+        for task in turn.tasks:
+            self._host.own(task)
+        text = " ".join(turn.spoken)
+        self.memory.add_turn(turn.number, turn.question.text, text)
+        breakdown = turn.breakdown(event.at)
+        self.breakdowns.append(breakdown)
+        self._runtime.observer.turn_ended("truncated" if turn.truncated else "completed", breakdown)
+        self._send_turn_complete(turn, text, breakdown, cancelled=False)
+
+    def _complete_cancelled(self, before: Machine, event: Event) -> None:
+        self._complete_stopped(cancelled=True)
+        self._outbox.flush()
+
+    def _complete_failed(self, before: Machine, event: Event) -> None:
+        self._complete_stopped(cancelled=False)
+
+    def _complete_stopped(self, cancelled: bool) -> None:
+        if self._stopped is not None:
+            self._send_turn_complete(self._stopped.turn, self._stopped.heard.text, self._stopped.breakdown, cancelled)
+
+    def _send_turn_complete(self, turn: Turn, text: str, breakdown: Breakdown, cancelled: bool) -> None:
+        self._outbox.send(
+            "turn_complete",
+            turn_number=turn.number,
+            state=self.machine.state.value,
+            text=text,
+            cancelled=cancelled,
+            truncated=turn.truncated,
+            degraded=turn.degraded,
+            latency_breakdown=breakdown,
+        )
+
+    def _note_nothing_heard(self, before: Machine, event: Event) -> None:
+        self._outbox.notice("nothing_heard", "the user's turn ended without a word")
+
+    def _note_ignored(self, before: Machine, event: Event) -> None:
+        if self._from_stt:
+            return
+        if event.kind is EventKind.FRAGMENT:
+            self._outbox.notice("fragment_ignored", "the fragment adds no speech")
+        else:
+            message = (
+                f"confidence {event.confidence:g} is below BARGE_IN_CONFIDENCE={self._runtime.policy.confidence:g}"
+            )
+            self._outbox.notice("speech_ignored", message)
+
+    def _persist(self, before: Machine, event: Event) -> None:
+        self._runtime.store.mark_dirty(self.session_id, self.record)
+
+    def _note_illegal(self, event: Event) -> None:
+        if not self._from_stt:
+            self._outbox.error(
+                "illegal_event",
+                f"{event.kind.value} means nothing in state {self.machine.state.value}",
+                retryable=False,
+            )
+
+    def _note_state_change(self, before: State, event: Event) -> None:
+        now = self._runtime.loop.time()
+        after = self.machine.state
+        if self.link is not None:
+            self._runtime.observer.session_state(before.value, -1)
+            self._runtime.observer.session_state(after.value, 1)
+            if "state" in self._outbox.events:
+                latency = round((now - self._state_since) * 1000.0, 3)
+                fields = {"from": before.value, "to": after.value, "trigger": event.kind.value, "latency_ms": latency}
+                self._outbox.send("state_change", **fields)
+        self._state_since = now
+
+    def _take_playback_report(self, report: PlaybackReport) -> None:
+        if report.turn_number > self.machine.turn_number:
+            self.reject("bad_message", f"playback: turn_number {report.turn_number} has not begun")
+        elif self.machine.is_current(report.turn_number) and self._turn is not None and self._turn.playback is not None:
+            self._turn.playback.report(report.played_ms, report.ended)
+
+    def _note_stt_latency(self, timestamp: float | None) -> None:
+        if timestamp is not None:
+            late_ms = (self._runtime.wall() - timestamp) * 1000.0
+            self._stt_ms = late_ms if 0.0 <= late_ms <= MAX_STT_MS else None
+
+    def _stt_failed(self, error: DownstreamError) -> None:
+        self._outbox.error("stt_failed", str(error), retryable=True)
+
+    def _close_if_drained(self) -> None:
+        if self.machine.state is State.IDLE:
+            self._outbox.close(CLOSE_GOING_AWAY, "the worker is draining")
+
+
+_EFFECTS: dict[Effect, Callable[[Session, Machine, Event], None]] = {
+    Effect.STATE_UPDATE: Session._send_state_update,
+    Effect.SPECULATE: Session._speculate,
+    Effect.START_TURN: Session._start_turn,
+    Effect.CANCEL_TURN: Session._cancel_turn,
+    Effect.RESPONSE_READY: Session._send_response_ready,
+    Effect.ANNOUNCE_INTERRUPTED: Session._announce_interrupted,
+    Effect.TURN_COMPLETE: Session._complete_turn,
+    Effect.TURN_CANCELLED: Session._complete_cancelled,
+    Effect.TURN_FAILED: Session._complete_failed,
+    Effect.NOTE_NOTHING_HEARD: Session._note_nothing_heard,
+    Effect.NOTE_IGNORED: Session._note_ignored,
+    Effect.PERSIST: Session._persist,
+}
+
+
+_STOP_OUTCOMES = {
+    EventKind.CANCEL: "cancelled",
+    EventKind.FAILED: "failed",
+    EventKind.DISCONNECTED: "abandoned",
+}
+
+
+def _audio_format(sample_rate: int) -> dict[str, str | int]:
+    return {"encoding": "pcm_s16le", "sample_rate": sample_rate, "channels": 1}
+
+
+async def _close_relay(relay: MicrophoneRelay) -> None:
+    await relay.close()

@@ -1,0 +1,281 @@
+"""One turn: intent beside RAG, the answer's stream, its clauses, their speech, the paced audio.
+
+Everything a turn brings forth leaves it through `deliver(turn_number, output)`, where the session drops what is stale.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+from orchestrator.conversation.answer import AnswerStream, Question
+from orchestrator.conversation.playback import Heard, Playback, PlaybackHooks
+from orchestrator.conversation.understanding import Understanding
+from orchestrator.core.budget import Breakdown, Ledger
+from orchestrator.core.clauses import ClauseCutter
+from orchestrator.downstream.types import UNKNOWN_INTENT, Call, Intent, TtsService
+from orchestrator.errors import DownstreamError, Failure
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
+    from orchestrator.conversation.runtime import Runtime
+
+MAX_ANSWER_CHARS = 16_384
+"""Twenty minutes of speech; an answer that goes on is cut there and the turn is `truncated`."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ClauseSpoken:
+    """The audio of clause `index` is about to start."""
+
+    index: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ClauseWritten:
+    """Clause `index` will have no audio; its text is the answer."""
+
+    index: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class StageFailed:
+    """The caller should know that a stage failed; the turn goes on."""
+
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class SpeechOver:
+    """All was said, and played as far as can be known."""
+
+
+@dataclass(frozen=True, slots=True)
+class TurnBroken:
+    """There will be no answer."""
+
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReaderStuck:
+    """The client takes no audio."""
+
+
+Output = ClauseSpoken | ClauseWritten | StageFailed | SpeechOver | TurnBroken | ReaderStuck | bytes | memoryview
+Deliver = Callable[[int, Output], None]
+
+
+class Turn:
+    """Runs from `start()` until it delivered SpeechOver or TurnBroken, or until `stop()`."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        question: Question,
+        ledger: Ledger,
+        deliver: Deliver,
+        writable: Callable[[], bool],
+        adopted: Understanding | None = None,
+    ) -> None:
+        self.question = question
+        self.number = question.turn_number
+        self.ledger = ledger
+        self.spoken: list[str] = []
+        self.playback: Playback | None = None
+        self._runtime = runtime
+        self._deliver = deliver
+        self._writable = writable
+        self._adopted = adopted
+        self._understanding: Understanding | None = adopted
+        self._answer = AnswerStream(runtime, question, ledger)
+        self._clauses: asyncio.Queue[str | None] = asyncio.Queue()
+        self._written = 0
+        self._answer_complete = False
+        self._speech_failed = False
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def start(self) -> None:
+        """Begin; the turn owns its two tasks until they are over."""
+        loop = self._runtime.loop
+        self._tasks = [loop.create_task(self._think()), loop.create_task(self._speak())]
+        for task in self._tasks:
+            task.add_done_callback(self._task_over)
+
+    def stop(self) -> Heard:
+        """Abort every downstream call, drop all audio that was not sent, and say what was heard."""
+        for task in self._tasks:
+            task.cancel()
+        if self._understanding is not None:
+            self._understanding.cancel()
+        return self.playback.stop() if self.playback is not None else Heard(" ".join(self._silent_text()), 0.0)
+
+    @property
+    def tasks(self) -> list[asyncio.Task[None]]:
+        """The turn's tasks, and those of its understanding, for whoever waits until nothing is left of it."""
+        return self._tasks + (self._understanding.tasks if self._understanding is not None else [])
+
+    @property
+    def intent(self) -> Intent:
+        return self._understanding.intent if self._understanding is not None else UNKNOWN_INTENT
+
+    def breakdown(self, now: float) -> Breakdown:
+        """The latency breakdown as far as the turn has come by `now` (loop seconds)."""
+        if self._understanding is not None and "intent" in self._understanding.finished_at:
+            self.ledger.end("intent", self._understanding.finished_at["intent"])
+        return self.ledger.breakdown(now)
+
+    @property
+    def degraded(self) -> list[str]:
+        """The stages that failed, each once."""
+        failures = self._understanding.failures if self._understanding is not None else []
+        stages = [*failures, *self._answer.degraded, *(["tts"] if self._speech_failed else [])]
+        return list(dict.fromkeys(stages))
+
+    @property
+    def truncated(self) -> bool:
+        return self._answer.truncated
+
+    @property
+    def more_follows(self) -> bool:
+        """Whether clauses follow the first one."""
+        return self._written > 1 or not self._answer_complete
+
+    @property
+    def writable(self) -> bool:
+        return self._writable()
+
+    def send_audio(self, pcm: bytes | memoryview) -> None:
+        """A frame that is due, from the playback."""
+        self._deliver(self.number, pcm)
+
+    async def _think(self) -> None:
+        """Understand the question and cut the answer into clauses."""
+        runtime, question, ledger = self._runtime, self.question, self.ledger
+        understanding = self._adopted or Understanding(runtime, question.session_id, self.number, question.text)
+        self._understanding = understanding
+        ledger.rag_answers = runtime.services.llm is None
+        if runtime.services.intent is not None:
+            ledger.begin("intent", understanding.started)
+        if not ledger.rag_answers:
+            await self._settle(understanding)
+        cutter = ClauseCutter()
+        size = 0
+        pieces = self._answer.pieces(understanding.intent, understanding.retrieval)
+        async with aclosing(cast("AsyncGenerator[str, None]", pieces)) as deltas:
+            async for delta in deltas:
+                for clause in cutter.push(delta):
+                    self._write(clause)
+                size += len(delta)
+                if size > MAX_ANSWER_CHARS:
+                    self._answer.truncated = True
+                    break
+        self._answer_complete = True
+        if rest := cutter.flush():
+            self._write(rest)
+        elif not self._written and runtime.settings.fallback_text:
+            self._write(runtime.settings.fallback_text)
+        self._clauses.put_nowait(None)
+
+    async def _settle(self, understanding: Understanding) -> None:
+        if self._runtime.services.rag is not None:
+            self.ledger.begin("rag", understanding.started)
+        await understanding.settled()
+        if "rag" in understanding.finished_at:
+            self.ledger.end("rag", understanding.finished_at["rag"])
+
+    def _write(self, clause: str) -> None:
+        if not self._written:
+            now = self._runtime.loop.time()
+            self.ledger.end("first_clause", now)
+            self.ledger.answerable(now)
+        self._written += 1
+        self._clauses.put_nowait(clause)
+
+    async def _speak(self) -> None:
+        """Say the clauses in order; what cannot be said is delivered as text."""
+        tts = self._runtime.services.tts
+        index = 0
+        while (clause := await self._clauses.get()) is not None:
+            self.spoken.append(clause)
+            if tts is None or self._speech_failed:
+                self._deliver(self.number, ClauseWritten(index, clause))
+            else:
+                await self._speak_clause(tts, index, clause)
+            index += 1
+        if not index:
+            error = self._answer.last_error
+            message = str(error) if error is not None else "no source had an answer"
+            self._deliver(
+                self.number, TurnBroken(f"{error.service if error is not None else 'answer'}_failed", message)
+            )
+        elif self.playback is not None:
+            self.playback.finish()
+        else:
+            self._deliver(self.number, SpeechOver())
+
+    async def _speak_clause(self, tts: TtsService, index: int, clause: str) -> None:
+        loop, ledger, settings = self._runtime.loop, self.ledger, self._runtime.settings
+        if self.playback is not None:
+            await self.playback.room()
+        timeout = settings.tts_timeout_ms
+        if index == 0:
+            timeout = ledger.left_ms(timeout, loop.time())
+            ledger.begin("tts_first_chunk", loop.time())
+        call = Call(self.question.session_id, self.number, f"tts-{index}", timeout, settings.stall_timeout_ms)
+        begun = False
+        try:
+            async with aclosing(cast("AsyncGenerator[bytes, None]", _chunks(tts, clause, call))) as chunks:
+                async for pcm in chunks:
+                    playback = self.playback or self._open_playback(tts.sample_rate)
+                    if not begun:
+                        begun = True
+                        ledger.end("tts_first_chunk", loop.time())
+                        playback.begin_clause(index, clause)
+                    playback.push(pcm)
+                    await playback.room()
+            if not begun:
+                raise DownstreamError("tts", Failure.BAD_ANSWER, "the stream ended without audio")
+        except DownstreamError as error:
+            ledger.end("tts_first_chunk", loop.time())
+            self._speech_failed = True
+            if not begun:
+                self._deliver(self.number, ClauseWritten(index, clause))
+            self._deliver(self.number, StageFailed("tts_failed", str(error)))
+        if begun and self.playback is not None:
+            self.playback.end_clause()
+
+    def _open_playback(self, sample_rate: int) -> Playback:
+        runtime, number, deliver = self._runtime, self.number, self._deliver
+        hooks = PlaybackHooks(
+            announce=lambda index, text: deliver(number, ClauseSpoken(index, text)),
+            finished=lambda: deliver(number, SpeechOver()),
+            reader_stuck=lambda: deliver(number, ReaderStuck()),
+        )
+        self.playback = Playback(runtime.loop, runtime.wheel, self, hooks, sample_rate, runtime.settings.audio_lead_ms)
+        return self.playback
+
+    def _silent_text(self) -> list[str]:
+        """Without audio, what was delivered as text counts as heard."""
+        return self.spoken if self._runtime.services.tts is None or self._speech_failed else []
+
+    def _task_over(self, task: asyncio.Task[None]) -> None:
+        if task.cancelled() or (error := task.exception()) is None:
+            return
+        log.error("turn %d of session %s failed", self.number, self.question.session_id, exc_info=error)
+        self._deliver(self.number, TurnBroken("internal_error", "the turn failed inside the orchestrator"))
+
+
+def _chunks(tts: TtsService, clause: str, call: Call) -> AsyncIterator[bytes]:
+    return tts.synthesize(clause, call)

@@ -1,0 +1,137 @@
+"""Intent and RAG asked early: adopted only for the very words of the turn, and never twice at once."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.conversation.scripted import Stage, on_virtual_time, staged
+
+
+@staged
+async def test_a_stable_partial_is_asked_early_and_adopted() -> None:
+    stage = Stage(speculation="on")
+    session = await stage.connect()
+    stage.say(session, "what are admission requirements", final=False)
+    await asyncio.sleep(0.3)
+    stage.say(session, "What are admission requirements?", final=True)
+    ended = stage.end(session)
+    ready = await stage.link.until("response_ready")
+    assert ready.at - ended == pytest.approx(0.100 + 0.015 + 0.075, abs=1e-3)
+    breakdown = ready.message["latency_breakdown"]
+    assert breakdown["saved_ms"] == pytest.approx(80, abs=0.1)
+    assert breakdown["intent_rag_ms"] == 0
+    assert len(stage.rag.seen.started) == 1
+    assert stage.observer.speculations == ["adopted"]
+
+
+@staged
+async def test_a_question_in_flight_is_adopted_too() -> None:
+    stage = Stage(speculation="on")
+    session = await stage.connect()
+    stage.say(session, "What are admission requirements?", final=True)
+    await asyncio.sleep(0.03)
+    ended = stage.end(session)
+    ready = await stage.link.until("response_ready")
+    assert ready.at - ended == pytest.approx(0.050 + 0.100 + 0.015 + 0.075, abs=1e-3)
+    assert ready.message["latency_breakdown"]["saved_ms"] == pytest.approx(30, abs=0.1)
+
+
+@staged
+async def test_another_text_is_dropped_and_asked_again() -> None:
+    stage = Stage(speculation="on")
+    session = await stage.connect()
+    stage.say(session, "what are", final=False)
+    await asyncio.sleep(0.3)
+    stage.say(session, "what are admission requirements", final=False)
+    ended = stage.end(session)
+    ready = await stage.link.until("response_ready")
+    assert ready.at - ended == pytest.approx(0.270, abs=1e-3)
+    assert [text for _, text in stage.rag.seen.started] == ["what are", "what are admission requirements"]
+    assert "saved_ms" not in ready.message["latency_breakdown"]
+    assert stage.observer.speculations == ["dropped"]
+
+
+@staged
+async def test_a_failed_guess_is_asked_again() -> None:
+    stage = Stage(speculation="on")
+    stage.rag.delay_ms = 1000
+    session = await stage.connect()
+    stage.say(session, "what are admission requirements", final=False)
+    await asyncio.sleep(0.5)
+    stage.rag.delay_ms = 80
+    stage.end(session)
+    done = (await stage.link.until("turn_complete")).message
+    assert done["degraded"] == []
+
+
+@staged
+async def test_only_one_question_is_in_flight() -> None:
+    stage = Stage(speculation="on")
+    stage.rag.delay_ms = stage.intent.delay_ms = 95
+    session = await stage.connect()
+    words = "what are the admission requirements for students from abroad please".split()
+    for end in range(1, len(words) + 1):
+        stage.say(session, " ".join(words[:end]), final=False)
+        for _ in range(17):
+            await asyncio.sleep(0.01)
+            assert stage.rag.seen.open <= 1
+    session.detach(stage.link)
+    await asyncio.sleep(0.01)
+    assert stage.rag.seen.open == 0
+
+
+@staged
+async def test_load_sheds_speculation_first() -> None:
+    stage = Stage(speculation="on")
+    stage.runtime.overloaded = lambda: True
+    session = await stage.connect()
+    stage.ask(session)
+    await stage.link.until("response_ready")
+    assert stage.observer.speculations == ["shed"]
+    assert len(stage.rag.seen.started) == 1
+
+
+@staged
+async def test_early_calls_have_keys_of_their_own() -> None:
+    stage = Stage(speculation="on")
+    session = await stage.connect()
+    for text in ("what are", "what are admission", "what are admission requirements"):
+        stage.say(session, text, final=False)
+        await asyncio.sleep(0.3)
+    stages = [call.stage for call in stage.rag.seen.calls]
+    assert stages == ["rag-early-1", "rag-early-2", "rag-early-3"]
+
+
+texts = st.sampled_from(["what", "what are", "what are admission", "What are admission?", "and", "for me please"])
+steps = st.lists(st.tuples(texts, st.booleans(), st.sampled_from([0.0, 0.02, 0.07, 0.2])), min_size=1, max_size=6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(steps)
+def test_no_result_ever_reaches_a_turn_with_another_text(path: list[tuple[str, bool, float]]) -> None:
+    async def run() -> None:
+        from orchestrator.core.transcript import normalise
+
+        stage = Stage(speculation="on")
+        session = await stage.connect()
+        query = stage.rag.query
+
+        async def echo(text, call):  # type: ignore[no-untyped-def]
+            found = await query(text, call)
+            return type(found)(found.answer, (f"about {text}",), found.confidence)
+
+        stage.rag.query = echo  # type: ignore[method-assign]
+        for text, final, pause in path:
+            stage.say(session, text, final)
+            await asyncio.sleep(pause)
+        stage.end(session)
+        await stage.link.until("response_ready")
+        system, question = stage.llm.messages[-1][0]["content"], stage.llm.messages[-1][-1]["content"]
+        about = system.rpartition("[1] about ")[2]
+        assert normalise(about) == normalise(question)
+
+    on_virtual_time(run)
