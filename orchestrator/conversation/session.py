@@ -7,15 +7,11 @@ brings it.
 from __future__ import annotations
 
 import asyncio
-from collections import deque
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
-from orchestrator.conversation.answer import Question
 from orchestrator.conversation.memory import Memory
 from orchestrator.conversation.outbox import Link, Outbox
-from orchestrator.conversation.playback import Heard
-from orchestrator.conversation.speculation import Speculation
 from orchestrator.conversation.turn import (
     ClauseSpoken,
     ClauseWritten,
@@ -26,7 +22,7 @@ from orchestrator.conversation.turn import (
     Turn,
     TurnBroken,
 )
-from orchestrator.core.budget import MAX_STT_MS, Breakdown, Ledger
+from orchestrator.conversation.turn_taking import TurnTaking, audio_format
 from orchestrator.core.fsm import Effect, Event, EventKind, Machine, State, step
 from orchestrator.core.transcript import Transcript
 from orchestrator.downstream.stt import SttEvent, SttFragmentEvent, SttUserSpeaking, SttVadEnd
@@ -42,13 +38,10 @@ from orchestrator.wire.messages import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from orchestrator.conversation.runtime import MicrophoneRelay, Runtime
     from orchestrator.errors import DownstreamError
     from orchestrator.store.record import SessionRecord
 
-BREAKDOWNS_KEPT = 5
 CLOSE_GOING_AWAY = 1012
 CLOSE_SLOW_READER = 4408
 
@@ -65,32 +58,19 @@ class Host(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class Stopped:
-    """A turn that was stopped, and what the caller heard of it."""
-
-    turn: Turn
-    heard: Heard
-    breakdown: Breakdown
-
-
 class Session:
     """One conversation. Outlives its connections; `link` is the live one, or None."""
 
     def __init__(self, runtime: Runtime, session_id: str, host: Host) -> None:
         self.session_id = session_id
         self.machine = Machine()
-        self.memory = Memory(runtime.wall(), runtime.settings.history_turns)
         self.last_active = runtime.loop.time()
-        self.breakdowns: deque[Breakdown] = deque(maxlen=BREAKDOWNS_KEPT)
         self._runtime = runtime
         self._host = host
         self._outbox = Outbox(session_id, runtime.wall)
-        self._turn: Turn | None = None
-        self._speculation: Speculation | None = None
+        memory = Memory(runtime.wall(), runtime.settings.history_turns)
+        self._turns = TurnTaking(runtime, session_id, memory, self._outbox, self._deliver, host)
         self._relay: MicrophoneRelay | None = None
-        self._stopped: Stopped | None = None
-        self._stt_ms: float | None = None
         self._state_since = runtime.loop.time()
         self._draining = False
         self._from_stt = False
@@ -106,13 +86,13 @@ class Session:
         if record.state in (State.IDLE, State.LISTENING):
             transcript = Transcript(tuple(record.utterance), (record.partial,) if record.partial else ())
         self.machine = Machine(State.IDLE, record.turn_number, transcript)
-        self.memory = Memory.restored(record, self._runtime.settings.history_turns)
+        self._turns.memory = Memory.restored(record, self._runtime.settings.history_turns)
         self._outbox.seq = record.seq + 1000
 
     def record(self) -> SessionRecord:
         """What the store keeps."""
         machine = self.machine
-        return self.memory.record(
+        return self._turns.memory.record(
             self.session_id,
             machine.state.value,
             machine.turn_number,
@@ -141,7 +121,7 @@ class Session:
             slot=self._runtime.slot,
             protocol=PROTOCOL_VERSION,
             budget_ms=settings.e2e_budget_ms,
-            audio_format=_audio_format(tts.sample_rate if tts is not None else settings.tts_sample_rate),
+            audio_format=audio_format(tts.sample_rate if tts is not None else settings.tts_sample_rate),
             max_message_bytes=settings.max_message_bytes,
         )
         for payload in missed:
@@ -158,8 +138,7 @@ class Session:
         self._outbox.link = None
         self._host.count_attached(-1)
         self.last_active = self._runtime.loop.time()
-        if self._speculation is not None:
-            self._speculation.drop()
+        self._turns.drop_speculation()
         if self._relay is not None:
             self._host.own(self._runtime.loop.create_task(_close_relay(self._relay)))
             self._relay = None
@@ -179,7 +158,7 @@ class Session:
         now = self._runtime.loop.time()
         self.last_active = now
         if type(message) is SttFragment:
-            self._note_stt_latency(message.timestamp)
+            self._turns.note_stt_latency(message.timestamp)
             self._apply(Event(EventKind.FRAGMENT, now, message.text, message.is_final, message.mode))
         elif type(message) is VadEnd:
             self._apply(Event(EventKind.VAD_END, now, confidence=message.confidence))
@@ -210,7 +189,7 @@ class Session:
         self._from_stt = True
         try:
             if isinstance(event, SttFragmentEvent):
-                self._note_stt_latency(event.timestamp)
+                self._turns.note_stt_latency(event.timestamp)
                 self._apply(Event(EventKind.FRAGMENT, now, event.text, event.is_final))
             elif isinstance(event, SttVadEnd):
                 self._apply(Event(EventKind.VAD_END, now, confidence=event.confidence))
@@ -225,8 +204,9 @@ class Session:
 
     def resume_writing(self) -> None:
         """The connection takes data again."""
-        if self._turn is not None and self._turn.playback is not None:
-            self._turn.playback.resume()
+        turn = self._turns.turn
+        if turn is not None and turn.playback is not None:
+            turn.playback.resume()
 
     def describe(self) -> dict[str, Any]:
         """For `GET /sessions/<id>`."""
@@ -238,18 +218,19 @@ class Session:
             "node": self._runtime.node,
             "slot": self._runtime.slot,
             "text_buffer": self.machine.transcript.pieces,
-            "history": self.memory.as_dicts(),
-            "latency_breakdowns": list(self.breakdowns),
+            "history": self._turns.memory.as_dicts(),
+            "latency_breakdowns": list(self._turns.breakdowns or ()),
         }
 
     def _deliver(self, turn_number: int, output: Output) -> None:
         """The one gate for stale work: what comes from a turn that is over goes no further."""
-        if not self.machine.is_current(turn_number) or self._turn is None:
+        turn = self._turns.turn
+        if turn is None or not self.machine.is_current(turn_number):
             return
         if isinstance(output, (bytes, memoryview)):
             self._outbox.send_audio(output)
         else:
-            self._take_output(self._turn, output)
+            self._take_output(turn, output)
 
     def _take_output(self, turn: Turn, output: Output) -> None:
         now = self._runtime.loop.time()
@@ -281,138 +262,22 @@ class Session:
         if taken.machine.state is not before.state:
             self._note_state_change(before.state, event)
         for effect in taken.row.effects:
-            _EFFECTS[effect](self, before, event)
+            _EFFECTS[effect](self, event)
         if taken.machine.state is State.INTERRUPT:
             self._apply(Event(EventKind.INTERRUPTED, event.at))
         elif self._draining:
             self._close_if_drained()
 
-    def _send_state_update(self, before: Machine, event: Event) -> None:
+    def _send_state_update(self, event: Event) -> None:
         if not event.is_final or "state" in self._outbox.events:
             machine = self.machine
             state = State.LISTENING if machine.state is State.INTERRUPT else machine.state
             self._outbox.send("state_update", state=state.value, text_buffer=machine.transcript.pieces)
 
-    def _speculate(self, before: Machine, event: Event) -> None:
-        if self._runtime.settings.speculation == "off":
-            return
-        if self._speculation is None:
-            self._speculation = Speculation(self._runtime, self.session_id)
-        self._speculation.consider(self.machine.transcript.text, self.machine.turn_number + 1, event.is_final)
-
-    def _start_turn(self, before: Machine, event: Event) -> None:
-        runtime, settings = self._runtime, self._runtime.settings
-        text = self.machine.transcript.text
-        deadline_ms = (
-            max(settings.intent_timeout_ms, settings.rag_timeout_ms)
-            + settings.llm_timeout_ms * (2 if settings.llm_fallback_base_url else 1)
-            + settings.tts_timeout_ms
-        )
-        ledger = Ledger(event.at, settings.e2e_budget_ms, deadline_ms, self._stt_ms)
-        self._stt_ms = None
-        adopted = self._speculation.adopt(text) if self._speculation is not None else None
-        if adopted is not None:
-            over = max(adopted.finished_at.values(), default=event.at) if adopted.done else event.at
-            ledger.saved_ms = max(0.0, (over - adopted.started) * 1000.0)
-        question = Question(self.session_id, self.machine.turn_number, text, self.memory.history())
-        self._turn = Turn(runtime, question, ledger, self._deliver, lambda: self._outbox.writable, adopted)
-        self._turn.start()
-        if "progress" in self._outbox.events:
-            self._outbox.send("processing", stage="understanding", progress=0.0, details={"text": text})
-
-    def _cancel_turn(self, before: Machine, event: Event) -> None:
-        """Stop the turn. Unless the user is simply not done, history keeps the question and what was heard."""
-        turn, self._turn = self._turn, None
-        if turn is None:
-            return
-        heard = turn.stop()
-        for task in turn.tasks:
-            self._host.own(task)
-        self._outbox.drop_audio()
-        user_goes_on = self.machine.state in (State.LISTENING, State.THINKING)
-        if not user_goes_on:
-            self.memory.add_turn(turn.number, turn.question.text, heard.text)
-        outcome = _STOP_OUTCOMES.get(event.kind, "interrupted")
-        breakdown = turn.breakdown(event.at)
-        self.breakdowns.append(breakdown)
-        self._runtime.observer.turn_ended(outcome, breakdown)
-        self._stopped = Stopped(turn, heard, breakdown)
-
-    def _announce_interrupted(self, before: Machine, event: Event) -> None:
-        if self._stopped is None:
-            return
-        turn, heard = self._stopped.turn, self._stopped.heard
-        stop_latency = self._runtime.loop.time() - event.at
-        self._outbox.send(
-            "interrupted",
-            turn_number=turn.number,
-            message="the caller spoke: the answer was stopped",
-            heard_text=heard.text,
-            played_ms=heard.played_ms,
-            stop_latency_ms=round(stop_latency * 1000.0, 3),
-        )
-        self._outbox.flush()
-        self._runtime.observer.barge_in_stopped(self._runtime.loop.time() - event.at)
-
-    def _send_response_ready(self, before: Machine, event: Event) -> None:
-        turn = self._turn
-        assert turn is not None
-        fields: dict[str, Any] = {
-            "turn_number": turn.number,
-            "text": event.text,
-            "is_partial": turn.more_follows,
-            "intent": turn.intent.name,
-            "confidence": turn.intent.confidence,
-        }
-        breakdown = turn.breakdown(event.at)
-        fields["thinking_ms"] = breakdown.get("thinking_ms", 0.0)
-        fields["audio"] = event.kind is EventKind.FIRST_AUDIO
-        rate = turn.playback.sample_rate if turn.playback is not None else self._runtime.settings.tts_sample_rate
-        fields["audio_format"] = _audio_format(rate)
-        fields["latency_breakdown"] = breakdown
-        self._outbox.send("response_ready", **fields)
-
-    def _complete_turn(self, before: Machine, event: Event) -> None:
-        turn, self._turn = self._turn, None
-        assert turn is not None
-        if turn.playback is not None:
-            turn.playback.stop()
-        for task in turn.tasks:
-            self._host.own(task)
-        text = " ".join(turn.spoken)
-        self.memory.add_turn(turn.number, turn.question.text, text)
-        breakdown = turn.breakdown(event.at)
-        self.breakdowns.append(breakdown)
-        self._runtime.observer.turn_ended("truncated" if turn.truncated else "completed", breakdown)
-        self._send_turn_complete(turn, text, breakdown, cancelled=False)
-
-    def _complete_cancelled(self, before: Machine, event: Event) -> None:
-        self._complete_stopped(cancelled=True)
-        self._outbox.flush()
-
-    def _complete_failed(self, before: Machine, event: Event) -> None:
-        self._complete_stopped(cancelled=False)
-
-    def _complete_stopped(self, cancelled: bool) -> None:
-        if self._stopped is not None:
-            self._send_turn_complete(self._stopped.turn, self._stopped.heard.text, self._stopped.breakdown, cancelled)
-
-    def _send_turn_complete(self, turn: Turn, text: str, breakdown: Breakdown, cancelled: bool) -> None:
-        self._outbox.send(
-            "turn_complete",
-            turn_number=turn.number,
-            state=self.machine.state.value,
-            text=text,
-            cancelled=cancelled,
-            truncated=turn.truncated,
-            degraded=turn.degraded,
-            latency_breakdown=breakdown,
-        )
-
-    def _note_nothing_heard(self, before: Machine, event: Event) -> None:
+    def _note_nothing_heard(self, event: Event) -> None:
         self._outbox.notice("nothing_heard", "the user's turn ended without a word")
 
-    def _note_ignored(self, before: Machine, event: Event) -> None:
+    def _note_ignored(self, event: Event) -> None:
         if self._from_stt:
             return
         if event.kind is EventKind.FRAGMENT:
@@ -423,7 +288,7 @@ class Session:
             )
             self._outbox.notice("speech_ignored", message)
 
-    def _persist(self, before: Machine, event: Event) -> None:
+    def _persist(self, event: Event) -> None:
         self._runtime.store.mark_dirty(self.session_id, self.record)
 
     def _note_illegal(self, event: Event) -> None:
@@ -449,13 +314,10 @@ class Session:
     def _take_playback_report(self, report: PlaybackReport) -> None:
         if report.turn_number > self.machine.turn_number:
             self.reject("bad_message", f"playback: turn_number {report.turn_number} has not begun")
-        elif self.machine.is_current(report.turn_number) and self._turn is not None and self._turn.playback is not None:
-            self._turn.playback.report(report.played_ms, report.ended)
-
-    def _note_stt_latency(self, timestamp: float | None) -> None:
-        if timestamp is not None:
-            late_ms = (self._runtime.wall() - timestamp) * 1000.0
-            self._stt_ms = late_ms if 0.0 <= late_ms <= MAX_STT_MS else None
+        elif self.machine.is_current(report.turn_number):
+            turn = self._turns.turn
+            if turn is not None and turn.playback is not None:
+                turn.playback.report(report.played_ms, report.ended)
 
     def _stt_failed(self, error: DownstreamError) -> None:
         self._outbox.error("stt_failed", str(error), retryable=True)
@@ -465,31 +327,27 @@ class Session:
             self._outbox.close(CLOSE_GOING_AWAY, "the worker is draining")
 
 
-_EFFECTS: dict[Effect, Callable[[Session, Machine, Event], None]] = {
+_Run = Callable[[Session, Event], None]
+
+
+def _by_turns(effect: Callable[[TurnTaking, Machine, Event], None]) -> _Run:
+    return lambda session, event: effect(session._turns, session.machine, event)
+
+
+_EFFECTS: dict[Effect, _Run] = {
     Effect.STATE_UPDATE: Session._send_state_update,
-    Effect.SPECULATE: Session._speculate,
-    Effect.START_TURN: Session._start_turn,
-    Effect.CANCEL_TURN: Session._cancel_turn,
-    Effect.RESPONSE_READY: Session._send_response_ready,
-    Effect.ANNOUNCE_INTERRUPTED: Session._announce_interrupted,
-    Effect.TURN_COMPLETE: Session._complete_turn,
-    Effect.TURN_CANCELLED: Session._complete_cancelled,
-    Effect.TURN_FAILED: Session._complete_failed,
+    Effect.SPECULATE: _by_turns(TurnTaking.speculate),
+    Effect.START_TURN: _by_turns(TurnTaking.start_turn),
+    Effect.CANCEL_TURN: _by_turns(TurnTaking.stop_turn),
+    Effect.RESPONSE_READY: _by_turns(TurnTaking.announce_response),
+    Effect.ANNOUNCE_INTERRUPTED: _by_turns(TurnTaking.announce_interrupted),
+    Effect.TURN_COMPLETE: _by_turns(TurnTaking.complete_turn),
+    Effect.TURN_CANCELLED: _by_turns(TurnTaking.complete_cancelled),
+    Effect.TURN_FAILED: _by_turns(TurnTaking.complete_failed),
     Effect.NOTE_NOTHING_HEARD: Session._note_nothing_heard,
     Effect.NOTE_IGNORED: Session._note_ignored,
     Effect.PERSIST: Session._persist,
 }
-
-
-_STOP_OUTCOMES = {
-    EventKind.CANCEL: "cancelled",
-    EventKind.FAILED: "failed",
-    EventKind.DISCONNECTED: "abandoned",
-}
-
-
-def _audio_format(sample_rate: int) -> dict[str, str | int]:
-    return {"encoding": "pcm_s16le", "sample_rate": sample_rate, "channels": 1}
 
 
 async def _close_relay(relay: MicrophoneRelay) -> None:

@@ -121,6 +121,13 @@ class Turn:
             self._understanding.cancel()
         return self.playback.stop() if self.playback is not None else Heard(" ".join(self._silent_text()), 0.0)
 
+    def end(self) -> None:
+        """All was said and heard: let go of what is left."""
+        if self._understanding is not None:
+            self._understanding.cancel()
+        if self.playback is not None:
+            self.playback.stop()
+
     @property
     def tasks(self) -> list[asyncio.Task[None]]:
         """The turn's tasks, and those of its understanding, for whoever waits until nothing is left of it."""

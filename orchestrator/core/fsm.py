@@ -1,8 +1,8 @@
 """The conversation's state machine: one table, and everything that changes state lives in this file.
 
 `step(machine, event, policy)` returns the next machine and the effects to run; the session only runs them. For each
-state and event the rows are tried in order and the first whose guard holds is taken. What has no row is illegal: the machine
-stays as it is and the step says so. Time comes in with the events (`at`, seconds on any monotonic clock).
+state and event the rows are tried in order and the first whose guard holds is taken. What has no row is illegal: the
+machine stays as it is and the step says so. Time comes in with the events (`at`, seconds on any monotonic clock).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Effect(StrEnum):
     TURN_CANCELLED = "turn_complete (cancelled)"
     TURN_FAILED = "error, turn over"
     NOTE_NOTHING_HEARD = "notice nothing_heard"
-    NOTE_IGNORED = "notice fragment_ignored"
+    NOTE_IGNORED = "notice (ignored)"
     PERSIST = "persist"
 
 

@@ -128,7 +128,7 @@ async def test_a_barge_in_before_anything_was_heard_leaves_only_the_question() -
     await asyncio.sleep(0.271)
     stage.interrupt(session)
     assert stage.link.messages("interrupted")[0]["heard_text"] == ""
-    assert [entry.role for entry in session.memory.history()] == ["user"]
+    assert [entry.role for entry in session._turns.memory.history()] == ["user"]
 
 
 @staged
@@ -142,7 +142,7 @@ async def test_the_user_who_goes_on_while_we_think_keeps_the_utterance() -> None
     stage.end(session)
     await stage.link.until("response_ready")
     assert stage.llm.messages[-1][-1]["content"] == "What are admission requirements for students from abroad"
-    assert session.memory.history() == ()
+    assert session._turns.memory.history() == ()
 
 
 @staged
@@ -162,7 +162,7 @@ async def test_stale_results_do_not_pass_the_gate() -> None:
     session = await stage.connect()
     stage.ask(session)
     await stage.link.until("audio")
-    stale = session._turn
+    stale = session._turns.turn
     assert stale is not None
     stage.interrupt(session)
     count = len(stage.link.sent)
@@ -179,7 +179,7 @@ async def test_cancel_stops_the_turn_and_says_so() -> None:
     await asyncio.sleep(0.270 + 1.1)
     session.receive(Cancel())
     done = stage.link.messages("turn_complete")[0]
-    assert (done["cancelled"], done["state"], done["text"]) == (True, "IDLE", "You need a diploma.")
+    assert (done["cancelled"], done["state"], done["heard_text"]) == (True, "IDLE", "You need a diploma.")
     count = len(stage.link.sent)
     await asyncio.sleep(5)
     assert len(stage.link.sent) == count

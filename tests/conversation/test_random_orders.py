@@ -117,10 +117,10 @@ class Conversation(RuleBasedStateMachine):
         if not hasattr(self, "session"):
             return
         runs = self.session.machine.turn_runs
-        assert (self.session._turn is not None) == runs
+        assert (self.session._turns.turn is not None) == runs
         if runs:
-            assert self.session._turn is not None
-            assert self.session._turn.number == self.session.machine.turn_number
+            assert self.session._turns.turn is not None
+            assert self.session._turns.turn.number == self.session.machine.turn_number
 
     @invariant()
     def the_buffer_keeps_every_word_once(self) -> None:

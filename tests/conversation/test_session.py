@@ -148,7 +148,7 @@ async def test_a_disconnect_mid_answer_stops_it_and_keeps_what_was_heard() -> No
     session.detach(stage.link)
     await asyncio.sleep(0.1)
     assert stage.tts.seen.open == stage.llm.seen.open == 0
-    assert [entry.text for entry in session.memory.history()][1] == "You need a diploma. Send it"
+    assert [entry.text for entry in session._turns.memory.history()][1] == "You need a diploma. Send it"
     await stage.connect()
     assert stage.link.sent[0].message["state"] == "IDLE"
     assert stage.link.sent[0].message["turn_number"] == 1
@@ -169,7 +169,7 @@ async def test_another_worker_goes_on_where_the_first_one_was() -> None:
     greeting = stage.link.sent[0].message
     assert (greeting["resumed"], greeting["turn_number"], greeting["state"]) == (True, 2, "IDLE")
     assert greeting["seq"] > 6
-    assert [entry.text for entry in session.memory.history()] == [
+    assert [entry.text for entry in session._turns.memory.history()] == [
         "What are admission requirements?", "You need a diploma. Send it by May. Good luck!", "And until when?",
     ]  # fmt: skip
     stage.ask(session, "Hello?")

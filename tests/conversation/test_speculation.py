@@ -73,7 +73,7 @@ async def test_only_one_question_is_in_flight() -> None:
     stage = Stage(speculation="on")
     stage.rag.delay_ms = stage.intent.delay_ms = 95
     session = await stage.connect()
-    words = "what are the admission requirements for students from abroad please".split()
+    words = ["what", "are", "the", "admission", "requirements", "for", "students", "from", "abroad", "please"]
     for end in range(1, len(words) + 1):
         stage.say(session, " ".join(words[:end]), final=False)
         for _ in range(17):

@@ -38,7 +38,7 @@ def test_cutting(text: str, clauses: list[str]) -> None:
 def test_the_first_clause_comes_after_about_eight_words() -> None:
     cutter = ClauseCutter()
     out: list[str] = []
-    for word in "one two three four five six seven eight nine ten".split():
+    for word in ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]:
         out += cutter.push(word + " ")
     assert out == ["one two three four five six seven eight"]
     assert len(out[0].split()) == FIRST_MAX_WORDS

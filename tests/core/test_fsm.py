@@ -24,22 +24,22 @@ from orchestrator.core.fsm import (
 from orchestrator.core.transcript import Transcript
 
 POLICY = Policy(confidence=0.7, min_words=1)
-I, L, T, S, X = State.IDLE, State.LISTENING, State.THINKING, State.SPEAKING, State.INTERRUPT
+IDLE, L, T, S, X = State.IDLE, State.LISTENING, State.THINKING, State.SPEAKING, State.INTERRUPT
 K = EventKind
 
 EXPECTED: dict[tuple[State, EventKind], State | None] = {
-    (I, K.FRAGMENT): L, (I, K.USER_SPEAKING): L, (I, K.VAD_END): I, (I, K.FIRST_AUDIO): None,
-    (I, K.TEXT_ANSWER): None, (I, K.SPEECH_FINISHED): None, (I, K.FAILED): None, (I, K.INTERRUPTED): None,
-    (I, K.CANCEL): None, (I, K.ATTACHED): L, (I, K.DISCONNECTED): I,
+    (IDLE, K.FRAGMENT): L, (IDLE, K.USER_SPEAKING): L, (IDLE, K.VAD_END): IDLE, (IDLE, K.FIRST_AUDIO): None,
+    (IDLE, K.TEXT_ANSWER): None, (IDLE, K.SPEECH_FINISHED): None, (IDLE, K.FAILED): None, (IDLE, K.INTERRUPTED): None,
+    (IDLE, K.CANCEL): None, (IDLE, K.ATTACHED): L, (IDLE, K.DISCONNECTED): IDLE,
     (L, K.FRAGMENT): L, (L, K.USER_SPEAKING): L, (L, K.VAD_END): T, (L, K.FIRST_AUDIO): None,
     (L, K.TEXT_ANSWER): None, (L, K.SPEECH_FINISHED): None, (L, K.FAILED): None, (L, K.INTERRUPTED): None,
-    (L, K.CANCEL): None, (L, K.ATTACHED): None, (L, K.DISCONNECTED): I,
+    (L, K.CANCEL): None, (L, K.ATTACHED): None, (L, K.DISCONNECTED): IDLE,
     (T, K.FRAGMENT): L, (T, K.USER_SPEAKING): L, (T, K.VAD_END): None, (T, K.FIRST_AUDIO): S,
-    (T, K.TEXT_ANSWER): S, (T, K.SPEECH_FINISHED): None, (T, K.FAILED): I, (T, K.INTERRUPTED): None,
-    (T, K.CANCEL): I, (T, K.ATTACHED): None, (T, K.DISCONNECTED): I,
+    (T, K.TEXT_ANSWER): S, (T, K.SPEECH_FINISHED): None, (T, K.FAILED): IDLE, (T, K.INTERRUPTED): None,
+    (T, K.CANCEL): IDLE, (T, K.ATTACHED): None, (T, K.DISCONNECTED): IDLE,
     (S, K.FRAGMENT): X, (S, K.USER_SPEAKING): X, (S, K.VAD_END): None, (S, K.FIRST_AUDIO): None,
-    (S, K.TEXT_ANSWER): None, (S, K.SPEECH_FINISHED): I, (S, K.FAILED): I, (S, K.INTERRUPTED): None,
-    (S, K.CANCEL): I, (S, K.ATTACHED): None, (S, K.DISCONNECTED): I,
+    (S, K.TEXT_ANSWER): None, (S, K.SPEECH_FINISHED): IDLE, (S, K.FAILED): IDLE, (S, K.INTERRUPTED): None,
+    (S, K.CANCEL): IDLE, (S, K.ATTACHED): None, (S, K.DISCONNECTED): IDLE,
     (X, K.FRAGMENT): None, (X, K.USER_SPEAKING): None, (X, K.VAD_END): None, (X, K.FIRST_AUDIO): None,
     (X, K.TEXT_ANSWER): None, (X, K.SPEECH_FINISHED): None, (X, K.FAILED): None, (X, K.INTERRUPTED): L,
     (X, K.CANCEL): None, (X, K.ATTACHED): None, (X, K.DISCONNECTED): None,
@@ -146,7 +146,7 @@ def test_the_gate_passes_only_the_turn_that_runs() -> None:
     assert machine(S).is_current(3)
     assert not machine(S).is_current(2)
     assert not machine(S).is_current(4)
-    assert not any(machine(state).is_current(3) for state in (I, L, X))
+    assert not any(machine(state).is_current(3) for state in (IDLE, L, X))
 
 
 events = st.builds(
