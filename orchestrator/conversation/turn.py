@@ -78,7 +78,11 @@ Deliver = Callable[[int, Output], None]
 
 
 class Turn:
-    """Runs from `start()` until it delivered SpeechOver or TurnBroken, or until `stop()`."""
+    """Runs from `start()` until it delivered SpeechOver or TurnBroken, or until `stop()`.
+
+    A `held` turn is a guess at what will be asked: it prepares the answer up to its first audio, and delivers nothing
+    before `release()`.
+    """
 
     def __init__(
         self,
@@ -88,6 +92,7 @@ class Turn:
         deliver: Deliver,
         writable: Callable[[], bool],
         adopted: Understanding | None = None,
+        held: bool = False,
     ) -> None:
         self.question = question
         self.number = question.turn_number
@@ -105,6 +110,7 @@ class Turn:
         self._answer_complete = False
         self._speech_failed = False
         self._tasks: list[asyncio.Task[None]] = []
+        self._released: asyncio.Future[None] | None = runtime.loop.create_future() if held else None
 
     def start(self) -> None:
         """Begin; the turn owns its two tasks until they are over."""
@@ -112,6 +118,20 @@ class Turn:
         self._tasks = [loop.create_task(self._think()), loop.create_task(self._speak())]
         for task in self._tasks:
             task.add_done_callback(self._task_over)
+
+    def release(self, ended_at: float, stt_ms: float | None) -> None:
+        """The speech that a held turn was begun for ended at `ended_at`: what is prepared goes out now."""
+        self._note_intent()
+        self.ledger.rebase(ended_at, stt_ms)
+        if self._released is not None and not self._released.done():
+            self._released.set_result(None)
+
+    @property
+    def broken(self) -> bool:
+        """Whether a held turn came to its end without an answer: it is of no use then."""
+        thinking, speaking = self._tasks
+        failed = thinking.done() and (thinking.cancelled() or thinking.exception() is not None)
+        return failed or speaking.done() or bool(self.degraded)
 
     def stop(self) -> Heard:
         """Abort every downstream call, drop all audio that was not sent, and say what was heard."""
@@ -139,8 +159,7 @@ class Turn:
 
     def breakdown(self, now: float) -> Breakdown:
         """The latency breakdown as far as the turn has come by `now` (loop seconds)."""
-        if self._understanding is not None and "intent" in self._understanding.finished_at:
-            self.ledger.end("intent", self._understanding.finished_at["intent"])
+        self._note_intent()
         return self.ledger.breakdown(now)
 
     @property
@@ -217,10 +236,12 @@ class Turn:
         while (clause := await self._clauses.get()) is not None:
             self.spoken.append(clause)
             if tts is None or self._speech_failed:
+                await self._until_released()
                 self._deliver(self.number, ClauseWritten(index, clause))
             else:
                 await self._speak_clause(tts, index, clause)
             index += 1
+        await self._until_released()
         if not index:
             error = self._answer.last_error
             message = str(error) if error is not None else "no source had an answer"
@@ -245,10 +266,12 @@ class Turn:
         try:
             async with aclosing(cast("AsyncGenerator[bytes, None]", _chunks(tts, clause, call))) as chunks:
                 async for pcm in chunks:
+                    if not begun:
+                        ledger.end("tts_first_chunk", loop.time())
+                        await self._until_released()
                     playback = self.playback or self._open_playback(tts.sample_rate)
                     if not begun:
                         begun = True
-                        ledger.end("tts_first_chunk", loop.time())
                         playback.begin_clause(index, clause)
                     playback.push(pcm)
                     await playback.room()
@@ -257,11 +280,21 @@ class Turn:
         except DownstreamError as error:
             ledger.end("tts_first_chunk", loop.time())
             self._speech_failed = True
+            await self._until_released()
             if not begun:
                 self._deliver(self.number, ClauseWritten(index, clause))
             self._deliver(self.number, StageFailed("tts_failed", str(error)))
         if begun and self.playback is not None:
             self.playback.end_clause()
+
+    def _note_intent(self) -> None:
+        if self._understanding is not None and "intent" in self._understanding.finished_at:
+            self.ledger.end("intent", self._understanding.finished_at["intent"])
+
+    async def _until_released(self) -> None:
+        if self._released is not None:
+            await self._released
+            self._released = None
 
     def _open_playback(self, sample_rate: int) -> Playback:
         runtime, number, deliver = self._runtime, self.number, self._deliver

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 from orchestrator.conversation.answer import Question
 from orchestrator.conversation.speculation import Speculation
 from orchestrator.conversation.turn import Deliver, Turn
+from orchestrator.conversation.understanding import Understanding
 from orchestrator.core.budget import MAX_STT_MS, Breakdown, Ledger
 from orchestrator.core.fsm import Event, EventKind, Machine, State
 
@@ -78,7 +79,7 @@ class TurnTaking:
         if self._runtime.settings.speculation == "off":
             return
         if self._speculation is None:
-            self._speculation = Speculation(self._runtime, self._session_id)
+            self._speculation = Speculation(self._runtime, self._session_id, self._begin_early, self._disown)
         self._speculation.consider(machine.transcript.text, machine.turn_number + 1, event.is_final)
 
     def drop_speculation(self) -> None:
@@ -88,24 +89,47 @@ class TurnTaking:
 
     def start_turn(self, machine: Machine, event: Event) -> None:
         """Answer the utterance."""
+        text, speculation = machine.transcript.text, self._speculation
+        stt_ms, self._stt_ms = self._stt_ms, None
+        early = speculation.adopt_turn(text, machine.turn_number) if speculation is not None else None
+        if early is not None:
+            self.turn = early
+            early.release(event.at, stt_ms)
+        else:
+            ledger = self._open_ledger(event.at, stt_ms)
+            adopted = speculation.adopt(text) if speculation is not None else None
+            if adopted is not None:
+                over = max(adopted.finished_at.values(), default=event.at) if adopted.done else event.at
+                ledger.saved_ms = max(0.0, (over - adopted.started) * 1000.0)
+            self.turn = self._make_turn(text, machine.turn_number, ledger, adopted)
+            self.turn.start()
+        if "progress" in self._outbox.events:
+            self._outbox.send("processing", stage="understanding", progress=0.0, details={"text": text})
+
+    def _open_ledger(self, started: float, stt_ms: float | None) -> Ledger:
         settings = self._runtime.settings
-        text = machine.transcript.text
         deadline_ms = (
             max(settings.intent_timeout_ms, settings.rag_timeout_ms)
             + settings.llm_timeout_ms * (2 if settings.llm_fallback_base_url else 1)
             + settings.tts_timeout_ms
         )
-        ledger = Ledger(event.at, settings.e2e_budget_ms, deadline_ms, self._stt_ms)
-        self._stt_ms = None
-        adopted = self._speculation.adopt(text) if self._speculation is not None else None
-        if adopted is not None:
-            over = max(adopted.finished_at.values(), default=event.at) if adopted.done else event.at
-            ledger.saved_ms = max(0.0, (over - adopted.started) * 1000.0)
-        question = Question(self._session_id, machine.turn_number, text, self.memory.history())
-        self.turn = Turn(self._runtime, question, ledger, self._deliver, self._is_writable, adopted)
-        self.turn.start()
-        if "progress" in self._outbox.events:
-            self._outbox.send("processing", stage="understanding", progress=0.0, details={"text": text})
+        return Ledger(started, settings.e2e_budget_ms, deadline_ms, stt_ms)
+
+    def _make_turn(
+        self, text: str, number: int, ledger: Ledger, adopted: Understanding | None, held: bool = False
+    ) -> Turn:
+        question = Question(self._session_id, number, text, self.memory.history())
+        return Turn(self._runtime, question, ledger, self._deliver, self._is_writable, adopted, held)
+
+    def _begin_early(self, text: str, number: int, understanding: Understanding) -> Turn:
+        ledger = self._open_ledger(understanding.started, None)
+        turn = self._make_turn(text, number, ledger, understanding, held=True)
+        turn.start()
+        return turn
+
+    def _disown(self, turn: Turn) -> None:
+        for task in turn.tasks:
+            self._owner.own(task)
 
     def stop_turn(self, machine: Machine, event: Event) -> None:
         """Stop the turn. Unless the user is simply not done, history keeps the question and what was heard."""
@@ -202,8 +226,7 @@ class TurnTaking:
     def _take_turn(self) -> Turn | None:
         turn, self.turn = self.turn, None
         if turn is not None:
-            for task in turn.tasks:
-                self._owner.own(task)
+            self._disown(turn)
         return turn
 
     def _close_books(self, turn: Turn, event: Event, outcome: str) -> Breakdown:

@@ -40,6 +40,11 @@ class Understanding:
         return all(task.done() for task in self._tasks)
 
     @property
+    def failed(self) -> bool:
+        """Whether asking again may give more than waiting for this."""
+        return bool(self.failures) or any(task.cancelled() for task in self._tasks)
+
+    @property
     def tasks(self) -> list[asyncio.Task[None]]:
         return self._tasks
 

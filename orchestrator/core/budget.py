@@ -24,6 +24,8 @@ MAX_STT_MS: Final = 2000.0
 
 Breakdown = dict[str, float | bool | str]
 
+_CHAIN: Final = ("intent", "rag", "first_clause", "tts_first_chunk")
+
 
 @dataclass(slots=True)
 class _Wait:
@@ -51,6 +53,24 @@ class Ledger:
         self._waits: dict[str, _Wait] = {}
         self._first_audio: float | None = None
         self._answerable: float | None = None
+
+    def rebase(self, started: float, stt_ms: float | None) -> None:
+        """The end of speech came at `started` only: the turn was begun before it, and what it waited for till then is
+        saved."""
+        chain = [wait for stage, wait in self._waits.items() if stage in _CHAIN]
+        if chain:
+            done = [wait.ended for wait in chain if wait.ended is not None]
+            reached = started if len(done) < len(chain) else min(started, max(done))
+            self.saved_ms = max(0.0, (reached - self.started) * 1000.0)
+        self.deadline += started - self.started
+        self.started = started
+        self.stt_ms = stt_ms
+        if self._answerable is not None:
+            self._answerable = max(self._answerable, started)
+        for wait in self._waits.values():
+            wait.began = max(wait.began, started)
+            if wait.ended is not None:
+                wait.ended = max(wait.ended, started)
 
     def begin(self, stage: str, at: float) -> None:
         """A wait for `stage` begins; what was waited for before the end of speech costs the caller nothing."""

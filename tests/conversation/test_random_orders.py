@@ -32,7 +32,7 @@ class Conversation(RuleBasedStateMachine):
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         return self.loop.run_until_complete(work)
 
-    @initialize(speculation=st.sampled_from(["on", "off"]))
+    @initialize(speculation=st.sampled_from(["on", "off", "llm"]))
     def connect(self, speculation: str) -> None:
         async def begin() -> None:
             self.stage = Stage(speculation=speculation)

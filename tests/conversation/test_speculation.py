@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from orchestrator.errors import Failure
 from tests.conversation.scripted import Stage, on_virtual_time, staged
 
 
@@ -135,3 +136,100 @@ def test_no_result_ever_reaches_a_turn_with_another_text(path: list[tuple[str, b
         assert normalise(about) == normalise(question)
 
     on_virtual_time(run)
+
+
+def llm_stage() -> Stage:
+    return Stage(speculation="llm")
+
+
+@staged
+async def test_with_llm_the_whole_answer_waits_for_the_end_of_speech() -> None:
+    stage = llm_stage()
+    session = await stage.connect()
+    stage.say(session, "What are admission requirements?")
+    await asyncio.sleep(1.0)
+    assert stage.link.kinds == ["connected"]
+    assert len(stage.tts.seen.started) == 1
+    ended = stage.end(session)
+    ready = await stage.link.until("response_ready")
+    assert ready.at - ended < 0.001
+    breakdown = ready.message["latency_breakdown"]
+    assert breakdown["saved_ms"] == pytest.approx(270, abs=0.5)
+    assert breakdown["total_ms"] == pytest.approx(0, abs=0.5)
+    await stage.link.until("turn_complete")
+    assert stage.link.audio_ms() == 3000
+    assert stage.observer.speculations == ["adopted"]
+    assert len(stage.llm.seen.started) == 1
+
+
+@staged
+async def test_with_llm_a_turn_under_way_is_adopted() -> None:
+    stage = llm_stage()
+    session = await stage.connect()
+    stage.say(session, "What are admission requirements?")
+    await asyncio.sleep(0.12)
+    ended = stage.end(session)
+    ready = await stage.link.until("response_ready")
+    assert ready.at - ended == pytest.approx(0.150, abs=1e-3)
+    assert ready.message["latency_breakdown"]["saved_ms"] == pytest.approx(120, abs=0.5)
+    assert ready.message["latency_breakdown"]["overhead_ms"] == pytest.approx(0, abs=0.1)
+
+
+@staged
+async def test_with_llm_more_speech_cancels_the_guess() -> None:
+    stage = llm_stage()
+    session = await stage.connect()
+    stage.say(session, "What are admission requirements?")
+    await asyncio.sleep(0.2)
+    stage.say(session, "For students from abroad.")
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert stage.llm.seen.aborted == 1
+    await asyncio.sleep(0.5)
+    stage.end(session)
+    await stage.link.until("response_ready")
+    assert stage.llm.messages[-1][-1]["content"] == "What are admission requirements? For students from abroad."
+    assert stage.observer.speculations == ["dropped", "adopted"]
+    assert stage.link.messages("response_ready")[0]["turn_number"] == 1
+
+
+@staged
+async def test_with_llm_a_guess_that_failed_is_asked_again() -> None:
+    stage = llm_stage()
+    stage.llm.fails = Failure.STATUS
+    session = await stage.connect()
+    stage.say(session, "What are admission requirements?")
+    await asyncio.sleep(0.5)
+    stage.llm.fails = None
+    stage.end(session)
+    done = (await stage.link.until("turn_complete")).message
+    assert done["degraded"] == []
+    assert done["text"].startswith("You need a diploma.")
+
+
+@staged
+async def test_with_llm_a_disconnect_leaves_nothing_behind() -> None:
+    for wait in (0.0, 0.05, 0.12, 0.2, 0.3, 1.0):
+        stage = llm_stage()
+        session = await stage.connect()
+        stage.say(session, "What are admission requirements?")
+        await asyncio.sleep(wait)
+        session.detach(stage.link)
+        await asyncio.sleep(0.01)
+        for service in (stage.intent, stage.rag, stage.llm, stage.tts):
+            assert service.seen.open == 0, (wait, service.service)
+        await stage.sessions.close()
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+@staged
+async def test_with_llm_a_prepared_answer_is_not_held_for_ever() -> None:
+    stage = llm_stage()
+    session = await stage.connect()
+    stage.say(session, "What are admission requirements?")
+    await asyncio.sleep(5)
+    assert stage.tts.seen.open == 0
+    ended = stage.end(session)
+    ready = await stage.link.until("response_ready")
+    assert ready.at - ended == pytest.approx(0.100 + 0.015 + 0.075, abs=1e-3)
+    assert len(stage.rag.seen.started) == 1
