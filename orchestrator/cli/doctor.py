@@ -40,7 +40,7 @@ def _checks(settings: Settings, downstream: Downstream) -> list[tuple[str, Calla
     call = Call("doctor", 0, "doctor", PATIENCE_MS, PATIENCE_MS)
 
     async def store() -> str:
-        client = SessionStore(settings, Observer())
+        client = SessionStore(settings.redis_url, Observer(), settings.session_ttl_seconds)
         await client.start()
         try:
             await client.load("doctor")

@@ -113,7 +113,7 @@ async def _run(run_dir: Path, sample: bool, exit_after_sample: bool) -> int:
     try:
         environ = dict(os.environ)
         if "REDIS_URL" not in environ:
-            await store.start()
+            store.start()
             environ["REDIS_URL"] = store.url
             click.echo(f"  store ready on {store.url} ({time.monotonic() - began:.1f} s)")
         await stack.start(lambda line: click.echo(f"  {line}"))
@@ -185,4 +185,4 @@ async def _watch(stack: LocalStack, pool: Pool) -> int:
 async def _stop_all(pool: Pool, stack: LocalStack, store: EmbeddedValkey) -> None:
     await pool.stop()
     await stack.stop()
-    await store.stop()
+    store.stop()

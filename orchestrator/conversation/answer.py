@@ -54,7 +54,7 @@ class AnswerStream:
 
     async def pieces(self, intent: Intent, retrieval: Retrieval | None) -> AsyncIterator[str]:
         """Text deltas; none at all if no source has anything to say."""
-        clock, ledger = self._runtime.loop.time, self._ledger
+        clock, ledger = self._runtime.clock, self._ledger
         first_token_stage = "rag" if ledger.rag_answers else "llm_first_token"
         began = clock()
         ledger.begin(first_token_stage, began)
@@ -102,7 +102,7 @@ class AnswerStream:
 
     def _call(self, stage: str, timeout_ms: float) -> Call:
         question = self._question
-        left = self._ledger.left_ms(timeout_ms, self._runtime.loop.time())
+        left = self._ledger.left_ms(timeout_ms, self._runtime.clock())
         return Call(question.session_id, question.turn_number, stage, left, self._runtime.settings.stall_timeout_ms)
 
 

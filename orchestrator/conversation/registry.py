@@ -92,6 +92,10 @@ class Sessions:
     def count_attached(self, change: int) -> None:
         self._attached += change
 
+    async def health(self) -> dict[str, str]:
+        """The circuit breaker's state of each service."""
+        return self._runtime.services.breaker_states()
+
     def find(self, session_id: str) -> Session | None:
         return self._sessions.get(session_id)
 
@@ -149,7 +153,7 @@ class Sessions:
         ttl = self._runtime.settings.session_ttl_seconds
         while True:
             await asyncio.sleep(min(FORGET_STORED_SECONDS, ttl) / 4.0)
-            now = self._runtime.loop.time()
+            now = self._runtime.clock()
             for session_id, session in list(self._sessions.items()):
                 idle = now - session.last_active
                 if idle > ttl and session.link is not None:

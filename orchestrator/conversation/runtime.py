@@ -40,6 +40,7 @@ class Services:
     fallback_llm: LlmService | None = None
     tts: TtsService | None = None
     stt_relay: SttRelayFactory | None = None
+    breaker_states: Callable[[], dict[str, str]] = dict
 
 
 class Store(Protocol):
@@ -63,7 +64,11 @@ class Store(Protocol):
 
 @dataclass(slots=True)
 class Runtime:
-    """One a worker. `wall` gives Unix seconds; `overloaded` says whether optional work is to be left out."""
+    """One a worker.
+
+    `clock` gives seconds on the loop's time scale at full resolution (uvloop's own `time()` counts whole milliseconds
+    and stands still within a tick), `wall` Unix seconds; `overloaded` says whether optional work is to be left out.
+    """
 
     settings: Settings
     services: Services
@@ -72,6 +77,7 @@ class Runtime:
     loop: asyncio.AbstractEventLoop
     wheel: PacingWheel
     policy: Policy
+    clock: Callable[[], float]
     wall: Callable[[], float]
     node: str
     slot: int

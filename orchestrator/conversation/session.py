@@ -64,14 +64,14 @@ class Session:
     def __init__(self, runtime: Runtime, session_id: str, host: Host) -> None:
         self.session_id = session_id
         self.machine = Machine()
-        self.last_active = runtime.loop.time()
+        self.last_active = runtime.clock()
         self._runtime = runtime
         self._host = host
         self._outbox = Outbox(session_id, runtime.wall)
         memory = Memory(runtime.wall(), runtime.settings.history_turns)
         self._turns = TurnTaking(runtime, session_id, memory, self._outbox, self._deliver, host)
         self._relay: MicrophoneRelay | None = None
-        self._state_since = runtime.loop.time()
+        self._state_since = runtime.clock()
         self._draining = False
         self._from_stt = False
 
@@ -108,7 +108,7 @@ class Session:
         self._host.count_attached(1)
         self._outbox.events = events
         self._draining = False
-        self.last_active = self._runtime.loop.time()
+        self.last_active = self._runtime.clock()
         self._apply(Event(EventKind.ATTACHED, self.last_active), silent=True)
         self._runtime.observer.session_state(self.machine.state.value, 1)
         settings, tts = self._runtime.settings, self._runtime.services.tts
@@ -133,11 +133,11 @@ class Session:
         """The connection is gone; the conversation stays. Ignored if `link` is no longer the live one."""
         if link is not self.link:
             return
-        self._apply(Event(EventKind.DISCONNECTED, self._runtime.loop.time()), silent=True)
+        self._apply(Event(EventKind.DISCONNECTED, self._runtime.clock()), silent=True)
         self._runtime.observer.session_state(self.machine.state.value, -1)
         self._outbox.link = None
         self._host.count_attached(-1)
-        self.last_active = self._runtime.loop.time()
+        self.last_active = self._runtime.clock()
         self._turns.drop_speculation()
         if self._relay is not None:
             self._host.own(self._runtime.loop.create_task(_close_relay(self._relay)))
@@ -155,7 +155,7 @@ class Session:
 
     def receive(self, message: Inbound) -> None:
         """A message from the client."""
-        now = self._runtime.loop.time()
+        now = self._runtime.clock()
         self.last_active = now
         if type(message) is SttFragment:
             self._turns.note_stt_latency(message.timestamp)
@@ -173,7 +173,7 @@ class Session:
 
     def receive_audio(self, pcm: bytes) -> None:
         """Microphone audio, PCM16 mono 16 kHz: on to STT."""
-        self.last_active = self._runtime.loop.time()
+        self.last_active = self._runtime.clock()
         if self._relay is None:
             factory = self._runtime.services.stt_relay
             if factory is None:
@@ -185,7 +185,7 @@ class Session:
         """What STT heard on this session's line."""
         if self.link is None:
             return
-        now = self._runtime.loop.time()
+        now = self._runtime.clock()
         self._from_stt = True
         try:
             if isinstance(event, SttFragmentEvent):
@@ -233,7 +233,7 @@ class Session:
             self._take_output(turn, output)
 
     def _take_output(self, turn: Turn, output: Output) -> None:
-        now = self._runtime.loop.time()
+        now = self._runtime.clock()
         if isinstance(output, (ClauseSpoken, ClauseWritten)):
             if output.index == 0:
                 turn.ledger.first_audio(now)
@@ -300,7 +300,7 @@ class Session:
             )
 
     def _note_state_change(self, before: State, event: Event) -> None:
-        now = self._runtime.loop.time()
+        now = self._runtime.clock()
         after = self.machine.state
         if self.link is not None:
             self._runtime.observer.session_state(before.value, -1)

@@ -223,7 +223,7 @@ class Turn:
 
     def _write(self, clause: str) -> None:
         if not self._written:
-            now = self._runtime.loop.time()
+            now = self._runtime.clock()
             self.ledger.end("first_clause", now)
             self.ledger.answerable(now)
         self._written += 1
@@ -254,20 +254,20 @@ class Turn:
             self._deliver(self.number, SpeechOver())
 
     async def _speak_clause(self, tts: TtsService, index: int, clause: str) -> None:
-        loop, ledger, settings = self._runtime.loop, self.ledger, self._runtime.settings
+        clock, ledger, settings = self._runtime.clock, self.ledger, self._runtime.settings
         if self.playback is not None:
             await self.playback.room()
         timeout = settings.tts_timeout_ms
         if index == 0:
-            timeout = ledger.left_ms(timeout, loop.time())
-            ledger.begin("tts_first_chunk", loop.time())
+            timeout = ledger.left_ms(timeout, clock())
+            ledger.begin("tts_first_chunk", clock())
         call = Call(self.question.session_id, self.number, f"tts-{index}", timeout, settings.stall_timeout_ms)
         begun = False
         try:
             async with aclosing(cast("AsyncGenerator[bytes, None]", _chunks(tts, clause, call))) as chunks:
                 async for pcm in chunks:
                     if not begun:
-                        ledger.end("tts_first_chunk", loop.time())
+                        ledger.end("tts_first_chunk", clock())
                         await self._until_released()
                     playback = self.playback or self._open_playback(tts.sample_rate)
                     if not begun:
@@ -278,7 +278,7 @@ class Turn:
             if not begun:
                 raise DownstreamError("tts", Failure.BAD_ANSWER, "the stream ended without audio")
         except DownstreamError as error:
-            ledger.end("tts_first_chunk", loop.time())
+            ledger.end("tts_first_chunk", clock())
             self._speech_failed = True
             await self._until_released()
             if not begun:

@@ -171,7 +171,7 @@ class TurnTaking:
         if self._stopped is None:
             return
         heard = self._stopped.heard
-        took = self._runtime.loop.time() - event.at
+        took = self._runtime.clock() - event.at
         self._outbox.send(
             "interrupted",
             turn_number=self._stopped.turn.number,
@@ -181,7 +181,7 @@ class TurnTaking:
             stop_latency_ms=round(took * 1000.0, 3),
         )
         self._outbox.flush()
-        self._runtime.observer.barge_in_stopped(self._runtime.loop.time() - event.at)
+        self._runtime.observer.barge_in_stopped(self._runtime.clock() - event.at)
 
     def complete_turn(self, machine: Machine, event: Event) -> None:
         """All was said and heard."""

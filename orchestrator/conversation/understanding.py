@@ -21,7 +21,7 @@ class Understanding:
         """`attempt` tells calls of one turn for different texts apart in their idempotency keys."""
         self._runtime = runtime
         self.text = text
-        self.started = runtime.loop.time()
+        self.started = runtime.clock()
         self.finished_at: dict[str, float] = {}
         self.failures: list[str] = []
         self.intent: Intent = UNKNOWN_INTENT
@@ -64,11 +64,11 @@ class Understanding:
             self.intent = await service.classify(self.text, call)
         except DownstreamError:
             self.failures.append("intent")
-        self.finished_at["intent"] = self._runtime.loop.time()
+        self.finished_at["intent"] = self._runtime.clock()
 
     async def _query(self, service: RagService, call: Call) -> None:
         try:
             self.retrieval = await service.query(self.text, call)
         except DownstreamError:
             self.failures.append("rag")
-        self.finished_at["rag"] = self._runtime.loop.time()
+        self.finished_at["rag"] = self._runtime.clock()

@@ -316,6 +316,7 @@ class Stage:
             loop=loop,
             wheel=PacingWheel(loop),
             policy=Policy(self.settings.barge_in_confidence, self.settings.barge_in_min_words),
+            clock=loop.time,
             wall=lambda: 1_700_000_000.0 + loop.time(),
             node="test",
             slot=0,
