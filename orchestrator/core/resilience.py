@@ -179,12 +179,12 @@ class ExtraBudget:
 def hedge_after(p95: float | None, left: float) -> float | None:
     """Seconds after which a second request is worth sending, when `left` seconds remain for the answer.
 
-    None where nothing is known yet, or where the second would hardly have time: it needs about what the usual first
-    one takes, and p95 bounds that from above only loosely, so half of it must be left.
+    A tenth more than p95: a service with even latencies answers most of its slowest requests within that. None where
+    nothing is known yet, or where a second request would hardly have time (half of p95 at least).
     """
-    if p95 is None or p95 * 1.5 >= left:
+    if p95 is None or p95 * 1.6 >= left:
         return None
-    return p95
+    return p95 * 1.1
 
 
 def may_retry(typical: float | None, left: float) -> bool:

@@ -182,6 +182,9 @@ class HttpPool:
             raise DownstreamError(self.service, Failure.BAD_ANSWER, _brief(error)) from error
         if response.status != 200:
             raise await self._refused(response)
+        if response.headers.get("Content-Encoding", "identity") != "identity":
+            response.close()
+            raise DownstreamError(self.service, Failure.BAD_ANSWER, "an encoding that was not asked for")
         return response
 
     async def read_piece(self, response: aiohttp.ClientResponse) -> bytes:

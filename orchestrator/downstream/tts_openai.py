@@ -47,10 +47,11 @@ class SpeechResponse(HttpStream[bytes]):
         if len(data) & 1:
             self._odd = data[-1:]
             data = data[:-1]
+        if not data:
+            return None
         response = self._response
-        if response is not None and response.content.at_eof():
-            self._wire_done = True
-        return data or None
+        self._wire_done = response is not None and response.content.at_eof()
+        return data
 
     def _take_end(self) -> bytes | None:
         if not self._started:

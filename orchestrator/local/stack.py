@@ -77,7 +77,8 @@ class LocalStack:
     """Five services on one machine. `start` it, use `urls`, watch `wait_for_exit`, `stop` it.
 
     The services end with the thread that ran `start`, however it ends: run it on the main thread. `endpoint_ms` is the
-    silence that ends a turn; `llm_engine="smollm2"` needs two more packages and is often wrong; `start_timeout_s` bounds the wait for the slowest service.
+    silence that ends a turn; `llm_engine="smollm2"` needs two more packages and is often wrong; `start_timeout_s`
+    bounds the wait for the slowest service.
     """
 
     def __init__(

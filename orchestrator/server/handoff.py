@@ -49,9 +49,7 @@ class Handed:
     hops: int
 
 
-def offer(
-    sender: socket.socket, fd: int, family: int, head: bytes, rest: bytes, *, hops: int, now_ns: int
-) -> bool:
+def offer(sender: socket.socket, fd: int, family: int, head: bytes, rest: bytes, *, hops: int, now_ns: int) -> bool:
     """Queue the connection `fd` for the worker behind `sender`; never blocks.
 
     False when its queue is full or nobody will ever read it; the connection is then still the caller's. After True the

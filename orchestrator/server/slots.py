@@ -202,8 +202,7 @@ class SlotTable:
         return [
             slot
             for slot in range(self._words[_USED])
-            if self._state(slot) == SlotState.LIVE
-            and now_ns - self._words[self._row(slot) + _BEAT] < STALE_NS
+            if self._state(slot) == SlotState.LIVE and now_ns - self._words[self._row(slot) + _BEAT] < STALE_NS
         ]
 
     def total_attached(self) -> int:

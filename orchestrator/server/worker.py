@@ -108,9 +108,7 @@ class OrchestratorWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
 class Life:
     """One worker, from the fork to its exit."""
 
-    def __init__(
-        self, worker: OrchestratorWorker, pool: Pool, slot: int, loop: asyncio.AbstractEventLoop
-    ) -> None:
+    def __init__(self, worker: OrchestratorWorker, pool: Pool, slot: int, loop: asyncio.AbstractEventLoop) -> None:
         self._worker = worker
         self._pool = pool
         self._slot = slot

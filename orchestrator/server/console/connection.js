@@ -134,7 +134,7 @@ export class Connection {
 
   welcomed(message) {
     this.openedAt = performance.now();
-    if (!message.resumed) this.lastSeq = null;
+    this.lastSeq = null;
     this.status("open", "Connected");
     this.ping();
   }

@@ -77,6 +77,13 @@ function log(kind, text) {
 const RECEIVERS = {
   connected(message) {
     session.reconnects += 1;
+    dropAudio();
+    if (!message.resumed && session.reconnects > 0) {
+      conversation.forgetNumbers();
+      conversation.line("quiet", "The server did not know this conversation any more; it starts anew.");
+    } else if (message.resumed && session.reconnects === 0 && message.turn_number > 0) {
+      conversation.line("quiet", `The conversation goes on after turn ${asText(message.turn_number)}.`);
+    }
     session.turn = message.turn_number;
     if (typeof message.budget_ms === "number") session.budget = message.budget_ms;
     takeFormat(message.audio_format);
@@ -123,6 +130,10 @@ const RECEIVERS = {
     log("quiet", `${asText(message.code)}: ${asText(message.message)}`);
   },
   error(message) {
+    if (message.code === "illegal_event") {
+      RECEIVERS.notice(message);
+      return;
+    }
     const again = message.retryable ? " You can try again." : "";
     conversation.line("error", `${asText(message.message) || asText(message.code)}${again}`, message.turn_number);
     log("bad", `${asText(message.code)}: ${asText(message.message)}`);

@@ -81,6 +81,12 @@ export class Conversation {
     this.welcome.hidden = false;
   }
 
+  /** The server counts from the start again: what is shown stays, and its numbers mean nothing any more. */
+  forgetNumbers() {
+    this.turns.clear();
+    this.unnumbered = null;
+  }
+
   /** Runs `change`, and stays at the end if that is where the user was. */
   keepEnd(change) {
     const follow = atEnd(this.scroller);
@@ -168,7 +174,10 @@ export class Conversation {
     const turn = this.ensure(message.turn_number);
     this.keepEnd(() => {
       if (typeof message.text === "string" && message.text !== "") turn.whole = message.text;
-      if (message.cancelled && turn.heard === null) turn.note("cancelled", "warn", "stopped");
+      if (message.cancelled && turn.heard === null) {
+        turn.note("cancelled", "warn", "stopped");
+        if (typeof message.heard_text === "string") turn.heard = message.heard_text;
+      }
       if (message.truncated) turn.note("truncated", "warn", "the answer broke off");
       const degraded = Array.isArray(message.degraded) ? message.degraded : [];
       for (const stage of degraded) turn.note(`degraded ${asText(stage)}`, "warn", `without ${asText(stage)}`);
