@@ -24,7 +24,7 @@ class _Inbound(msgspec.Struct, frozen=True, tag_field="type", kw_only=True):
 
 
 class SttFragment(_Inbound, frozen=True, tag="stt_fragment", kw_only=True):
-    """A piece of transcript. `timestamp` is Unix seconds of the end of the speech it covers."""
+    """A piece of transcript. `timestamp` is Unix seconds of the receipt of the audio that led to it."""
 
     text: str
     is_final: bool = False

@@ -10,11 +10,10 @@ import pytest
 from bench.fakes import FakeConfig, FakeProcess
 from orchestrator.local.stack import LocalStack
 from orchestrator.store.embedded import EmbeddedValkey
-from tests.local.conftest import local_stack, question_wav
 from tests.server.conftest import start_pool
 from tests.server.pools import RunningPool, pools
 
-__all__ = ["local_stack", "question_wav", "start_pool"]
+__all__ = ["start_pool"]
 
 PATIENT = {
     "INTENT_TIMEOUT_MS": "10000",

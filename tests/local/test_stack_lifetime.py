@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from orchestrator.local.stack import LocalStack
-from tests.local.conftest import FREE_PORTS
+from tests.conftest import FREE_PORTS
 
 pytestmark = pytest.mark.local_stack
 

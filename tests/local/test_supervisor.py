@@ -20,7 +20,7 @@ from orchestrator.errors import OrchestratorError
 from orchestrator.local import stack as stack_module
 from orchestrator.local.errors import LocalStackError, load_module, package_folder
 from orchestrator.local.stack import LocalStack, PartExit, log_tail
-from tests.local.conftest import FREE_PORTS
+from tests.conftest import FREE_PORTS
 
 
 @pytest.fixture

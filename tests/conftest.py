@@ -1,4 +1,4 @@
-"""The local stack, started once for all tests that need it."""
+"""What tests in several folders need: the local stack, started once for all of them."""
 
 from __future__ import annotations
 
@@ -31,4 +31,4 @@ def local_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalStack
 @pytest.fixture(scope="session")
 def question_wav() -> bytes:
     """The sample question, spoken: 16 kHz mono PCM16."""
-    return (Path(__file__).parents[2] / "orchestrator/local/samples/question.wav").read_bytes()
+    return (Path(__file__).parents[1] / "orchestrator/local/samples/question.wav").read_bytes()
