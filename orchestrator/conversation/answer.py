@@ -40,6 +40,8 @@ class _Source:
 class AnswerStream:
     """The answer's text, piece by piece, from the first source that gives any.
 
+    `failure` is the code and the message of the failure that came last.
+
     Sources in order: the LLM, RAG's own answer, the fallback LLM, the fallback sentence; without an LLM it is RAG's
     stream first. `degraded` names the stages that failed, `truncated` says that a stream broke off in the middle.
     """
@@ -50,7 +52,7 @@ class AnswerStream:
         self._ledger = ledger
         self.degraded: list[str] = []
         self.truncated = False
-        self.last_error: DownstreamError | None = None
+        self.failure = ("answer_failed", "no source had an answer")
 
     async def pieces(self, intent: Intent, retrieval: Retrieval | None) -> AsyncIterator[str]:
         """Text deltas; none at all if no source has anything to say."""
@@ -69,7 +71,7 @@ class AnswerStream:
                             ledger.end(first_token_stage, clock())
                         yield delta
             except DownstreamError as error:
-                self.last_error = error
+                self.failure = (f"{error.service}_failed", str(error))
                 if told:
                     self.truncated = True
                     return

@@ -178,6 +178,8 @@ class Playback:
         """Drop what was not sent and say what was heard. Nothing is sent or called back any more."""
         played = self.played_ms()
         self._ended = True
+        # They hold the turn, and the turn holds this: no work for the garbage collector.
+        self._sink, self._hooks = _NOWHERE, _UNHEARD
         self._cancel_due()
         self._queue.chunks.clear()
         self._queue.size = 0
@@ -278,6 +280,17 @@ class Playback:
         if self._due is not None:
             self._due.cancel()
             self._due = None
+
+
+class _Nowhere:
+    writable = False
+
+    def send_audio(self, pcm: bytes | memoryview) -> None:
+        return
+
+
+_NOWHERE = _Nowhere()
+_UNHEARD = PlaybackHooks(announce=lambda index, text: None, finished=lambda: None, reader_stuck=lambda: None)
 
 
 def _words_within(text: str, share: float) -> str:

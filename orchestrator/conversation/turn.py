@@ -148,10 +148,13 @@ class Turn:
         if self.playback is not None:
             self.playback.stop()
 
-    @property
-    def tasks(self) -> list[asyncio.Task[None]]:
-        """The turn's tasks, and those of its understanding, for whoever waits until nothing is left of it."""
-        return self._tasks + (self._understanding.tasks if self._understanding is not None else [])
+    def give_tasks(self) -> list[asyncio.Task[None]]:
+        """The turn's tasks and its understanding's, which are the caller's to wait for: the turn is over.
+
+        It keeps none, because a cancelled task holds its frames by the exception, and they hold the turn.
+        """
+        tasks, self._tasks = self._tasks, []
+        return tasks + (self._understanding.give_tasks() if self._understanding is not None else [])
 
     @property
     def intent(self) -> Intent:
@@ -243,11 +246,7 @@ class Turn:
             index += 1
         await self._until_released()
         if not index:
-            error = self._answer.last_error
-            message = str(error) if error is not None else "no source had an answer"
-            self._deliver(
-                self.number, TurnBroken(f"{error.service if error is not None else 'answer'}_failed", message)
-            )
+            self._deliver(self.number, TurnBroken(*self._answer.failure))
         elif self.playback is not None:
             self.playback.finish()
         else:

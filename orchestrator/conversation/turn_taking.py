@@ -128,7 +128,7 @@ class TurnTaking:
         return turn
 
     def _disown(self, turn: Turn) -> None:
-        for task in turn.tasks:
+        for task in turn.give_tasks():
             self._owner.own(task)
 
     def stop_turn(self, machine: Machine, event: Event) -> None:
@@ -137,6 +137,7 @@ class TurnTaking:
         if turn is None:
             return
         heard = turn.stop()
+        self._disown(turn)
         self._outbox.drop_audio()
         user_goes_on = machine.state in (State.LISTENING, State.THINKING)
         if not user_goes_on:
@@ -189,6 +190,7 @@ class TurnTaking:
         if turn is None:
             return
         turn.end()
+        self._disown(turn)
         text = " ".join(turn.spoken)
         self.memory.add_turn(turn.number, turn.question.text, text)
         breakdown = self._close_books(turn, event, "truncated" if turn.truncated else "completed")
@@ -225,8 +227,6 @@ class TurnTaking:
 
     def _take_turn(self) -> Turn | None:
         turn, self.turn = self.turn, None
-        if turn is not None:
-            self._disown(turn)
         return turn
 
     def _close_books(self, turn: Turn, event: Event, outcome: str) -> Breakdown:

@@ -44,9 +44,10 @@ class Understanding:
         """Whether asking again may give more than waiting for this."""
         return bool(self.failures) or any(task.cancelled() for task in self._tasks)
 
-    @property
-    def tasks(self) -> list[asyncio.Task[None]]:
-        return self._tasks
+    def give_tasks(self) -> list[asyncio.Task[None]]:
+        """The tasks, which are the caller's to wait for from now on."""
+        tasks, self._tasks = self._tasks, []
+        return tasks
 
     def cancel(self) -> None:
         """Abort what is in flight."""
