@@ -14,6 +14,7 @@ LATER_MAX_CHARS = 240
 
 _SENTENCE_END = re.compile(r"[.!?…]+[\"')\]]*(?=\s)|[。！？]|\n")
 _CLAUSE_END = re.compile(r"[.!?…;:]+[\"')\]]*(?=\s)|,(?=\s)|\s[–—-](?=\s)|[。！？，；]|\n")
+_CLAUSE_END_SO_FAR = re.compile(r"(?<=[^\W\d_]{2})[.!?…;:,]+$")
 _ABBREVIATION = re.compile(
     r"(?:\b(?:mr|mrs|ms|dr|prof|st|no|vs|e\.g|i\.e|etc|approx|dept|univ|jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec)"
     r"|\b[a-z]|^\s*\d+)\.$",
@@ -61,7 +62,7 @@ class ClauseCutter:
             if self._accepts(text[:end]):
                 return end
         if self._first:
-            return self._cut_after_words(text)
+            return self._cut_at_the_end(text) or self._cut_after_words(text)
         if len(text) > LATER_MAX_CHARS:
             return max(text.rfind(", ", 0, LATER_MAX_CHARS) + 1, text.rfind(" ", 0, LATER_MAX_CHARS), 1)
         # A boundary needs the character behind it and up to eight before it, so only the tail is looked at again.
@@ -76,6 +77,16 @@ class ClauseCutter:
         if self._first and head[-1] in ",;:–—-":
             return len(head.split()) >= FIRST_MIN_WORDS
         return True
+
+    def _cut_at_the_end(self, text: str) -> int:
+        """Where the text so far ends a clause, though the next token is not there to prove it: it would cost its time.
+
+        A mark behind a digit, a single letter or within an address may well go on, so those wait.
+        """
+        match = _CLAUSE_END_SO_FAR.search(text, max(0, len(text) - 4))
+        if match is None or any(mark in text.rpartition(" ")[2] for mark in "@/") or not self._accepts(text):
+            return 0
+        return len(text)
 
     def _cut_after_words(self, text: str) -> int:
         if text.count(" ") < FIRST_MAX_WORDS:

@@ -35,6 +35,23 @@ def test_cutting(text: str, clauses: list[str]) -> None:
     assert cut(text, 1) == clauses
 
 
+@pytest.mark.parametrize(
+    ("tokens", "clause"),
+    [
+        (["You", " need", " a", " diploma", "."], "You need a diploma."),
+        (["You", " need", " a", " diploma", ","], "You need a diploma,"),
+        (["It", " costs", " about", " 3."], None),
+        (["Please", " ask", " Dr."], None),
+        (["Write", " to", " office@uni."], None),
+        (["Well", ","], None),
+    ],
+)
+def test_the_first_clause_does_not_wait_for_the_token_behind_it(tokens: list[str], clause: str | None) -> None:
+    cutter = ClauseCutter()
+    out = [clause for token in tokens for clause in cutter.push(token)]
+    assert out == ([clause] if clause else [])
+
+
 def test_the_first_clause_comes_after_about_eight_words() -> None:
     cutter = ClauseCutter()
     out: list[str] = []
