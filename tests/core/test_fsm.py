@@ -138,7 +138,7 @@ def test_a_late_correction_asks_again() -> None:
     assert taken.machine.state is T
     assert taken.machine.turn_number == 4
     assert taken.machine.transcript.text == "What are admission requirements?"
-    assert taken.effects == (Effect.CANCEL_TURN, Effect.START_TURN)
+    assert taken.effects == (Effect.CANCEL_TURN, Effect.STATE_UPDATE, Effect.START_TURN)
 
 
 def test_the_gate_passes_only_the_turn_that_runs() -> None:

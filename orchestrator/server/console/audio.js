@@ -4,6 +4,7 @@ import { Resampler } from "./resampler.js";
 const MICROPHONE_RATE = 16000;
 /** Samples of one microphone frame: 32 ms, one window of the usual voice activity detectors. */
 const MICROPHONE_FRAME = 512;
+/** Milliseconds of audio from one playback report to the next. */
 const REPORT_EVERY_MS = 200;
 /** A queue empty for this long has nothing on its way either. */
 const ENDED_AFTER_MS = 150;
@@ -123,7 +124,6 @@ class Speaker {
     this.context = context;
     this.handlers = handlers;
     this.turns = new Map();
-    this.reportedAt = 0;
     this.node = new AudioWorkletNode(context, "player", { numberOfInputs: 0, outputChannelCount: [1] });
     this.node.port.onmessage = ({ data }) => this[data.kind](data);
     this.node.connect(context.destination);
@@ -165,7 +165,9 @@ class Speaker {
     const milliseconds = (frames) => (frames / this.context.sampleRate) * 1000;
     const playedMs = Math.max(0, milliseconds(played) - this.latencyMs());
     this.handlers.onPlaying({ turn, playedMs: milliseconds(played), queuedMs: milliseconds(queued), peak });
-    if (performance.now() - this.reportedAt >= REPORT_EVERY_MS - 5) this.report(turn, playedMs, false);
+    if (milliseconds(played) - record.reportedMs < REPORT_EVERY_MS) return;
+    record.reportedMs = milliseconds(played);
+    this.report(turn, playedMs, false);
   }
 
   /** The queue is empty; what is still in the sound device's own buffer is heard a little later. */
@@ -197,7 +199,6 @@ class Speaker {
   }
 
   report(turn, playedMs, ended) {
-    this.reportedAt = performance.now();
     this.handlers.onReport({ turn, playedMs, ended });
   }
 
@@ -214,6 +215,7 @@ class TurnAudio {
     this.samples = 0;
     this.frames = 0;
     this.halfSample = new Uint8Array(0);
+    this.reportedMs = 0;
     this.timer = null;
     this.dry = false;
     this.complete = false;

@@ -170,7 +170,8 @@ export class Connection {
     const delay = Math.max(drained, Math.round(backoff * (0.5 + Math.random() / 2)));
     this.attempts += 1;
     this.timers.retry = setTimeout(() => this.connect(), delay);
-    this.status("waiting", REASONS[code] ?? "The connection was lost.", { code, retryInMs: delay });
+    const text = accepted ? (REASONS[code] ?? "The connection was lost.") : "The server did not take the connection.";
+    this.status("waiting", text, { code, retryInMs: delay });
     if (!accepted) this.explainRefusal(this.timers.retry);
   }
 

@@ -2,9 +2,9 @@ import { AudioEngine, AudioUnavailable, NO_AUDIO, audioPossible } from "./audio.
 import { Connection } from "./connection.js";
 import { Conversation } from "./conversation.js";
 import { asText, element } from "./dom.js";
+import { isSessionId, newSessionId } from "./session-id.js";
 import { milliseconds } from "./waterfall.js";
 
-const SESSION_ID = /^[A-Za-z0-9_.:-]{1,128}$/;
 const MAX_TEXT_BYTES = 4096;
 const DEFAULT_RATE = 24000;
 const LOWEST_RATE = 8000;
@@ -71,8 +71,6 @@ function log(kind, text) {
   ui.activity.prepend(element("li", kind, element("time", "", time), element("span", "", text)));
   while (ui.activity.children.length > ACTIVITY_LINES) ui.activity.lastElementChild.remove();
 }
-
-/* What the server says */
 
 const RECEIVERS = {
   connected(message) {
@@ -189,8 +187,6 @@ function enter(state) {
   showStop();
 }
 
-/* Connection */
-
 const PHASE_TEXT = { connecting: "Connecting", open: "Connected", waiting: "Reconnecting", stopped: "Disconnected" };
 
 function showStatus({ phase, text, code, retryInMs }) {
@@ -223,14 +219,6 @@ function showBanner(text, action, asksForToken) {
   ui.banner.hidden = false;
 }
 
-function newSessionId() {
-  const bytes = crypto.getRandomValues(new Uint8Array(16));
-  bytes[6] = (bytes[6] & 0x0f) | 0x40;
-  bytes[8] = (bytes[8] & 0x3f) | 0x80;
-  const hex = [...bytes].map((byte) => byte.toString(16).padStart(2, "0")).join("");
-  return hex.replace(/^(.{8})(.{4})(.{4})(.{4})(.{12})$/, "$1-$2-$3-$4-$5");
-}
-
 function beginSession(id) {
   session.id = id;
   session.reconnects = -1;
@@ -250,7 +238,7 @@ function renew() {
 }
 
 byId("banner-action").addEventListener("click", () => {
-  if (connection.phase === "expired" || !SESSION_ID.test(session.id)) renew();
+  if (connection.phase === "expired" || !isSessionId(session.id)) renew();
   else connection.connect();
 });
 byId("token-form").addEventListener("submit", (event) => {
@@ -262,8 +250,6 @@ byId("token-form").addEventListener("submit", (event) => {
   connection.connect();
 });
 ui.renew.addEventListener("click", renew);
-
-/* Talking */
 
 async function startTalking() {
   ui.talk.disabled = true;
@@ -312,8 +298,7 @@ function showMicrophoneLevel(level) {
 
 ui.talk.addEventListener("click", () => (talking ? stopTalking() : startTalking()));
 
-/* Mute: a click toggles, a press that is held mutes while it lasts. */
-
+/** The press on mute that is under way: a click toggles, a press that is held mutes while it lasts. */
 let pressed = null;
 function pressMute() {
   if (!talking || pressed !== null) return;
@@ -335,8 +320,6 @@ window.addEventListener("blur", releaseMute);
 ui.mute.addEventListener("click", (event) => {
   if (event.detail === 0) setMuted(!muted);
 });
-
-/* Typing and stopping */
 
 ui.composer.addEventListener("submit", (event) => {
   event.preventDefault();
@@ -387,8 +370,6 @@ function showPlaying({ playedMs, queuedMs, peak }) {
   showStop();
 }
 
-/* Keys, details, and sound that a browser holds back until it is touched */
-
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape") stopTurn();
   const typing = event.target instanceof HTMLInputElement;
@@ -411,7 +392,7 @@ if (!audioPossible()) {
 
 const wanted = parameters.get("session_id");
 if (wanted === null || wanted === "") beginSession(newSessionId());
-else if (SESSION_ID.test(wanted)) beginSession(wanted);
+else if (isSessionId(wanted)) beginSession(wanted);
 else {
   ui.connection.dataset.phase = "stopped";
   write("connection-text", "Disconnected");

@@ -79,7 +79,7 @@ class Player extends AudioWorkletProcessor {
   copy(output, at) {
     const { turn, samples } = this.blocks[0];
     if (turn !== this.turn) {
-
+      if (this.open) this.dry();
       this.turn = turn;
       this.played = 0;
     }
