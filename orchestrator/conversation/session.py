@@ -61,6 +61,11 @@ class Host(Protocol):
 class Session:
     """One conversation. Outlives its connections; `link` is the live one, or None."""
 
+    __slots__ = (
+        "__weakref__", "_draining", "_from_stt", "_host", "_outbox", "_relay", "_runtime", "_state_since", "_turns",
+        "last_active", "machine", "session_id",
+    )  # fmt: skip
+
     def __init__(self, runtime: Runtime, session_id: str, host: Host) -> None:
         self.session_id = session_id
         self.machine = Machine()
@@ -126,8 +131,6 @@ class Session:
         )
         for payload in missed:
             link.send_text(payload)
-        if tts is not None:
-            tts.prepare(self.session_id)
 
     def detach(self, link: Link) -> None:
         """The connection is gone; the conversation stays. Ignored if `link` is no longer the live one."""
@@ -310,6 +313,9 @@ class Session:
                 fields = {"from": before.value, "to": after.value, "trigger": event.kind.value, "latency_ms": latency}
                 self._outbox.send("state_change", **fields)
         self._state_since = now
+        tts = self._runtime.services.tts
+        if after is State.LISTENING and tts is not None:
+            tts.prepare(self.session_id)
 
     def _take_playback_report(self, report: PlaybackReport) -> None:
         if report.turn_number > self.machine.turn_number:
