@@ -29,8 +29,10 @@ def test_a_turn_over_real_sockets(pool: RunningPool) -> None:
             assert done["degraded"] == []
             assert done["state"] == "IDLE"
             breakdown = done["latency_breakdown"]
-            assert breakdown["intent_ms"] >= 49
-            assert breakdown["rag_ms"] >= 79
+            # The final fragment asked already: what passed until `vad_end` is saved, the rest is waited for.
+            saved = breakdown.get("saved_ms", 0.0)
+            assert breakdown["intent_ms"] + saved >= 49
+            assert breakdown["rag_ms"] + saved >= 79
             assert breakdown["intent_rag_ms"] < breakdown["intent_ms"] + breakdown["rag_ms"]
             assert len(client.audio) % 2 == 0
             assert [frame.message["seq"] for frame in client.frames if not frame.audio] == list(
