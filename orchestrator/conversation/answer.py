@@ -93,7 +93,8 @@ class AnswerStream:
         elif services.rag is not None:
             rag = services.rag
             timeout = settings.rag_timeout_ms + settings.llm_timeout_ms
-            yield _Source("rag", lambda: rag.stream_query(question.text, self._call("rag", timeout)))
+            ask = rag.stream_incremental if settings.rag_incremental else rag.stream_query
+            yield _Source("rag", lambda: ask(question.text, self._call("rag", timeout)))
         if services.fallback_llm is not None:
             fallback = services.fallback_llm
             yield _Source(

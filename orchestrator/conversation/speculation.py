@@ -51,7 +51,7 @@ class Speculation:
             self._runtime.observer.speculation("shed")
             return
         if is_final:
-            self._ask()
+            self._ask(partial=False)
             if self._runtime.settings.speculation == "llm" and self._early_turn is None and self._asked is not None:
                 self._early_turn = self._begin_turn(self._text, turn_number, self._asked)
                 self._due = self._runtime.wheel.at(self._runtime.loop.time() + HOLD_SECONDS, self._stop_early_turn)
@@ -81,6 +81,7 @@ class Speculation:
             return None
         if normalise(asked.text) == normalise(text) and not asked.failed:
             self._runtime.observer.speculation("adopted")
+            asked.complete()
             return asked
         self._void(asked)
         return None
@@ -99,11 +100,13 @@ class Speculation:
         if self._asked is not None and not self._asked.done:
             self._due = self._runtime.wheel.at(self._runtime.loop.time() + DEBOUNCE_SECONDS, self._ask_if_free)
             return
-        self._ask()
+        self._ask(partial=True)
 
-    def _ask(self) -> None:
+    def _ask(self, partial: bool) -> None:
         if self._asked is not None:
             if normalise(self._asked.text) == normalise(self._text):
+                if not partial:
+                    self._asked.complete()
                 return
             if self._early_turn is not None:
                 self._stop_early_turn()
@@ -111,7 +114,7 @@ class Speculation:
                 self._void(self._asked)
         self._attempts += 1
         self._asked = Understanding(
-            self._runtime, self._session_id, self._turn_number, self._text, f"-early-{self._attempts}"
+            self._runtime, self._session_id, self._turn_number, self._text, f"-early-{self._attempts}", partial
         )
 
     def _stop_early_turn(self) -> None:

@@ -67,6 +67,14 @@ class RagService(Protocol):
         """The answer to `text` as it is written, piece by piece. Raises DownstreamError from the iteration."""
         ...
 
+    async def query_incremental(self, text: str, call: Call) -> object:
+        """Have the service retrieve for a partial `text` already; it keeps what it found. Raises DownstreamError."""
+        ...
+
+    def stream_incremental(self, text: str, call: Call) -> AsyncIterator[str]:
+        """Like `stream_query`, from what the service retrieved early for the session."""
+        ...
+
 
 class LlmService(Protocol):
     def stream(self, messages: Sequence[Message], call: Call) -> AsyncIterator[str]:

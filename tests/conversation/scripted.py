@@ -103,6 +103,9 @@ class ScriptedRag(_Scripted):
     def __init__(self, delay_ms: float = 80, fails: Failure | None = None) -> None:
         super().__init__("rag", delay_ms, fails)
         self.pieces = ["You need a diploma. ", "Send it by May."]
+        self.early: list[str] = []
+        self.early_ms = 20.0
+        self.incremental: list[str] = []
 
     async def query(self, text: str, call: Call) -> Retrieval:
         self.seen.begin(text, call)
@@ -111,6 +114,15 @@ class ScriptedRag(_Scripted):
     async def stream_query(self, text: str, call: Call) -> AsyncGenerator[str, None]:
         self.seen.begin(text, call)
         async for piece in _stream(self, call, self.pieces, 10.0, None):
+            yield piece
+
+    async def query_incremental(self, text: str, call: Call) -> None:
+        self.early.append(text)
+        await asyncio.sleep(self.early_ms / 1000.0)
+
+    async def stream_incremental(self, text: str, call: Call) -> AsyncGenerator[str, None]:
+        self.incremental.append(text)
+        async for piece in self.stream_query(text, call):
             yield piece
 
 

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from orchestrator.conversation.runtime import Services
 from orchestrator.errors import Failure
 from tests.conversation.scripted import Stage, on_virtual_time, staged
 
@@ -233,3 +234,48 @@ async def test_with_llm_a_prepared_answer_is_not_held_for_ever() -> None:
     ready = await stage.link.until("response_ready")
     assert ready.at - ended == pytest.approx(0.100 + 0.015 + 0.075, abs=1e-3)
     assert len(stage.rag.seen.started) == 1
+
+
+@staged
+async def test_rag_retrieves_early_for_partials_and_is_asked_once_for_the_turn() -> None:
+    stage = Stage(speculation="on", rag_incremental=True)
+    session = await stage.connect()
+    for text in ("what are", "what are admission requirements"):
+        stage.say(session, text, final=False)
+        await asyncio.sleep(0.3)
+    assert stage.rag.early == ["what are", "what are admission requirements"]
+    assert stage.rag.seen.started == []
+    ended = stage.end(session)
+    ready = await stage.link.until("response_ready")
+    assert [text for _, text in stage.rag.seen.started] == ["what are admission requirements"]
+    assert len(stage.intent.seen.started) == 2
+    assert ready.at - ended == pytest.approx(0.270, abs=1e-3)
+    assert "saved_ms" not in ready.message["latency_breakdown"]
+    assert "Passages" in stage.llm.messages[0][0]["content"]
+
+
+@staged
+async def test_a_final_fragment_asks_rag_in_earnest_also_with_the_early_endpoint() -> None:
+    stage = Stage(speculation="on", rag_incremental=True)
+    session = await stage.connect()
+    stage.say(session, "what are admission requirements", final=False)
+    await asyncio.sleep(0.3)
+    stage.say(session, "What are admission requirements?", final=True)
+    await asyncio.sleep(0.1)
+    ended = stage.end(session)
+    ready = await stage.link.until("response_ready")
+    assert ready.at - ended == pytest.approx(0.190, abs=1e-3)
+    assert len(stage.rag.seen.started) == len(stage.intent.seen.started) == 1
+
+
+@staged
+async def test_without_an_llm_the_early_endpoint_streams_the_answer() -> None:
+    stage = Stage(speculation="on", rag_incremental=True)
+    stage.runtime.services = Services(stage.intent, stage.rag, None, None, stage.tts)
+    session = await stage.connect()
+    stage.say(session, "what are admission requirements", final=False)
+    await asyncio.sleep(0.3)
+    stage.end(session)
+    await stage.link.until("turn_complete")
+    assert stage.rag.early == ["what are admission requirements"]
+    assert stage.rag.incremental == ["what are admission requirements"]
