@@ -41,6 +41,7 @@ class Sessions:
         self._opening: dict[str, asyncio.Future[None]] = {}
         self._ending_tasks: set[asyncio.Task[None]] = set()
         self._attached = 0
+        self._busy = 0
         self._draining_ms: int | None = None
         self._sweeper = runtime.loop.create_task(self._sweep())
 
@@ -48,6 +49,11 @@ class Sessions:
     def attached(self) -> int:
         """Sessions with a live connection."""
         return self._attached
+
+    @property
+    def idle(self) -> bool:
+        """Whether nobody speaks and nobody is answered."""
+        return self._busy == 0
 
     @property
     def accepts_audio(self) -> bool:
@@ -91,6 +97,13 @@ class Sessions:
 
     def count_attached(self, change: int) -> None:
         self._attached += change
+
+    def count_busy(self, change: int) -> None:
+        self._busy += change
+
+    def shed(self, overloaded: bool) -> None:
+        """Leave out optional work, or take it up again."""
+        self._runtime.overloaded = overloaded
 
     async def health(self) -> dict[str, str]:
         """The circuit breaker's state of each service."""

@@ -81,4 +81,4 @@ class Runtime:
     wall: Callable[[], float]
     node: str
     slot: int
-    overloaded: Callable[[], bool] = lambda: False
+    overloaded: bool = False

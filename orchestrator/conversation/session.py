@@ -57,6 +57,10 @@ class Host(Protocol):
         """A session got (+1) or lost (-1) its connection."""
         ...
 
+    def count_busy(self, change: int) -> None:
+        """A session left (+1) or entered (-1) IDLE."""
+        ...
+
 
 class Session:
     """One conversation. Outlives its connections; `link` is the live one, or None."""
@@ -313,6 +317,8 @@ class Session:
                 fields = {"from": before.value, "to": after.value, "trigger": event.kind.value, "latency_ms": latency}
                 self._outbox.send("state_change", **fields)
         self._state_since = now
+        if before is State.IDLE or after is State.IDLE:
+            self._host.count_busy(-1 if after is State.IDLE else 1)
         tts = self._runtime.services.tts
         if after is State.LISTENING and tts is not None:
             tts.prepare(self.session_id)

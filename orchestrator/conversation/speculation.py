@@ -47,7 +47,7 @@ class Speculation:
         self._text = text
         self._turn_number = turn_number
         self._cancel_due()
-        if self._runtime.overloaded():
+        if self._runtime.overloaded:
             self._runtime.observer.speculation("shed")
             return
         if is_final:

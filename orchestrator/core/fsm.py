@@ -173,7 +173,14 @@ TABLE: tuple[Row, ...] = (
     Row(_S.LISTENING, _E.VAD_END, None, _S.IDLE, (_F.NOTE_NOTHING_HEARD,)),
     Row(_S.LISTENING, _E.DISCONNECTED, None, _S.IDLE, (_F.CANCEL_TURN, _F.PERSIST)),
     Row(_S.THINKING, _E.FRAGMENT, confirms_utterance, _S.THINKING, (_F.NOTE_IGNORED,)),
-    Row(_S.THINKING, _E.FRAGMENT, corrects_utterance, _S.THINKING, (_F.CANCEL_TURN, _F.STATE_UPDATE, _F.START_TURN), Turn.MERGE_NEXT),
+    Row(
+        _S.THINKING,
+        _E.FRAGMENT,
+        corrects_utterance,
+        _S.THINKING,
+        (_F.CANCEL_TURN, _F.STATE_UPDATE, _F.START_TURN),
+        Turn.MERGE_NEXT,
+    ),
     Row(
         _S.THINKING,
         _E.FRAGMENT,

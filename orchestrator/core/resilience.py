@@ -123,6 +123,10 @@ class Breaker:
         self._slice = current
 
 
+LEAST_HEDGE_SECONDS = 0.005
+"""A service that is faster than this has no tail worth a second request."""
+
+
 class RollingQuantile:
     """A quantile of the last `size` values, worked out anew after every `refresh`; None below `least` values."""
 
@@ -182,9 +186,10 @@ def hedge_after(p95: float | None, left: float) -> float | None:
     A tenth more than p95: a service with even latencies answers most of its slowest requests within that. None where
     nothing is known yet, or where a second request would hardly have time (half of p95 at least).
     """
-    if p95 is None or p95 * 1.6 >= left:
+    if p95 is None:
         return None
-    return p95 * 1.1
+    delay = max(p95 * 1.1, LEAST_HEDGE_SECONDS)
+    return delay if delay + p95 * 0.5 < left else None
 
 
 def may_retry(typical: float | None, left: float) -> bool:

@@ -38,9 +38,7 @@ class Downstream:
         self._settings = settings
         self._observer = observer
         self._traceparent = traceparent
-        self._limit = max(
-            _LEAST_CONNECTIONS, 2 * settings.max_concurrent_sessions // max(1, settings.web_concurrency)
-        )
+        self._limit = max(_LEAST_CONNECTIONS, 2 * settings.max_concurrent_sessions // max(1, settings.web_concurrency))
         self._pools: list[HttpPool] = []
         self._guards: list[ServiceGuard] = []
         self._hedgers: list[Hedger] = []
@@ -137,9 +135,7 @@ class Downstream:
 
     def _tts(self) -> ResilientTts:
         settings = self._settings
-        pool = self._pool(
-            "tts", settings.tts_service_url, api_key=settings.tts_api_key, buffer=_SPEECH_BUFFER_BYTES
-        )
+        pool = self._pool("tts", settings.tts_service_url, api_key=settings.tts_api_key, buffer=_SPEECH_BUFFER_BYTES)
         endpoint = WsEndpoint("tts", settings.tts_service_url, "/api/v1/stream", api_key=settings.tts_api_key)
         self._tts_client = TtsClient(
             settings.tts_protocol,

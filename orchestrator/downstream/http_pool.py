@@ -191,10 +191,13 @@ class HttpPool:
         """What has arrived of a body, or waits for more; empty at its end. Raises DownstreamError."""
         try:
             return await response.content.readany()
-        except aiohttp.ClientError as error:
-            raise DownstreamError(self.service, Failure.CLOSED, _brief(error)) from error
         except WIRE_ERRORS as error:
-            raise DownstreamError(self.service, Failure.BAD_ANSWER, _brief(error)) from error
+            raise self.broken_off(error) from error
+
+    def broken_off(self, error: Exception) -> DownstreamError:
+        """What one of WIRE_ERRORS means in the middle of a body."""
+        closed = isinstance(error, aiohttp.ClientError | OSError)
+        return DownstreamError(self.service, Failure.CLOSED if closed else Failure.BAD_ANSWER, _brief(error))
 
     def finish(self, response: aiohttp.ClientResponse) -> None:
         """Everything wanted was read. The end of the body may still be on its way: let it come, but not for long."""

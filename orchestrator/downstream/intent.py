@@ -42,6 +42,4 @@ class IntentClient:
         entities = context.key_entities
         if not isinstance(entities, str):
             entities = msgspec.json.encode(entities).decode() if entities else ""
-        return Intent(
-            answer.intent, confidence, context.user_goal or "", entities, context.extracted_meaning or ""
-        )
+        return Intent(answer.intent, confidence, context.user_goal or "", entities, context.extracted_meaning or "")

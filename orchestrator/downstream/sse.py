@@ -40,6 +40,11 @@ class LineSplitter:
                 raise LineTooLong(f"a line of more than {limit} bytes")
         return lines
 
+    @property
+    def between_lines(self) -> bool:
+        """Nothing is held back: what comes next begins a line."""
+        return not self._tail and not self._after_cr
+
     def finish(self) -> bytes:
         """The last line, where the stream ended without ending it."""
         tail, self._tail = self._tail, b""
@@ -64,6 +69,9 @@ class SseParser:
 
     def feed(self, data: bytes) -> list[bytes]:
         """The data of the events that `data` completes. Raises LineTooLong."""
+        if self._lines.between_lines and not self._data and _is_one_event(data, self._max_bytes):
+            self._start = False
+            return [data[6:-2]]
         events: list[bytes] = []
         for line in self._lines.feed(data):
             self._line(line, events)
@@ -97,3 +105,14 @@ class SseParser:
         elif line == b"data":
             self._size += 1
             self._data.append(b"")
+
+
+def _is_one_event(data: bytes, max_bytes: int) -> bool:
+    """Whether `data` is just one event of one line, as it is when a token comes by itself."""
+    return (
+        data.endswith(b"\n\n")
+        and data.startswith(b"data: ")
+        and data.count(b"\n") == 2
+        and b"\r" not in data
+        and len(data) <= max_bytes
+    )

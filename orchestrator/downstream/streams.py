@@ -12,7 +12,7 @@ import aiohttp
 from yarl import URL
 
 from orchestrator.downstream.deadline import Deadline
-from orchestrator.downstream.http_pool import HttpPool
+from orchestrator.downstream.http_pool import WIRE_ERRORS, HttpPool
 from orchestrator.downstream.types import Call
 from orchestrator.errors import DownstreamError, Failure
 
@@ -159,22 +159,23 @@ class HttpStream(PieceStream[T]):
         deadline = self._start_deadline()
         try:
             with deadline:
-                self._response = await self._pool.request(
-                    self._url, self._body, self._call, deadline.remaining * 1000
-                )
+                self._response = await self._pool.request(self._url, self._body, self._call, deadline.remaining * 1000)
         except BaseException as error:
             self._pool.note_failure(error)
             raise
         self._accept(self._response)
 
     async def _next(self) -> T | None:
-        response, deadline, pool = self._response, self._deadline, self._pool
+        response, deadline = self._response, self._deadline
         assert response is not None
         assert deadline is not None
         content = response.content
         while True:
-            with deadline:
-                data = await pool.read_piece(response)
+            try:
+                with deadline:
+                    data = await content.readany()
+            except WIRE_ERRORS as error:
+                raise self._pool.broken_off(error) from error
             if data:
                 self._size += len(data)
                 if self._size > self._max_bytes:

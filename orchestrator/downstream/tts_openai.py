@@ -24,9 +24,7 @@ class TtsOpenAi:
 
     def synthesize(self, text: str, call: Call) -> SpeechResponse:
         """PCM16 mono chunks of `text`, whole samples each."""
-        body = orjson.dumps(
-            {"model": self._model, "voice": self._voice, "input": text, "response_format": "pcm"}
-        )
+        body = orjson.dumps({"model": self._model, "voice": self._voice, "input": text, "response_format": "pcm"})
         return SpeechResponse(self._pool, self._url, body, call, MAX_AUDIO_BYTES)
 
 

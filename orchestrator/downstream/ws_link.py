@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 import ssl
 from collections.abc import Mapping
 from typing import Protocol, cast
@@ -22,6 +23,8 @@ from orchestrator.errors import DownstreamError, Failure
 MAX_WS_MESSAGE_BYTES = 1_048_576
 _WRITE_HIGH_BYTES = 32_768
 _WRITE_LOW_BYTES = 8192
+_KERNEL_BUFFER_BYTES = 32_768
+_UNACKNOWLEDGED_MS = 10_000
 _CLOSE_SECONDS = 1.0
 
 _quiet = logging.getLogger(__name__)
@@ -108,7 +111,8 @@ class WsLink(asyncio.Protocol):
     @property
     def is_open(self) -> bool:
         """Messages can be sent."""
-        return self._protocol.state is OPEN and self._transport is not None
+        transport = self._transport
+        return transport is not None and self._protocol.state is OPEN and not transport.is_closing()
 
     def send_text(self, data: bytes) -> None:
         """Send a text message; dropped unless the link is open."""
@@ -153,6 +157,7 @@ class WsLink(asyncio.Protocol):
             self._transport.abort()
             return
         self._transport.set_write_buffer_limits(high=_WRITE_HIGH_BYTES, low=_WRITE_LOW_BYTES)
+        self._bound_kernel_buffer(transport.get_extra_info("socket"))
         request = self._protocol.connect()
         for name, value in self._headers.items():
             request.headers[name] = value
@@ -194,6 +199,13 @@ class WsLink(asyncio.Protocol):
         if self._listener is not None:
             self._listener.ws_writable()
 
+    def _bound_kernel_buffer(self, sock: socket.socket | None) -> None:
+        """What the kernel holds for a peer that takes nothing is audio too late; a peer that is gone is known sooner."""
+        if sock is not None:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _KERNEL_BUFFER_BYTES)
+            if hasattr(socket, "TCP_USER_TIMEOUT"):
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNACKNOWLEDGED_MS)
+
     def _settle_handshake(self) -> None:
         if self._protocol.state is OPEN:
             self.opened.set_result(None)
@@ -232,7 +244,7 @@ class WsLink(asyncio.Protocol):
     def _flush(self) -> None:
         transport = self._transport
         for data in self._protocol.data_to_send():
-            if transport is None:
+            if transport is None or transport.is_closing():
                 continue
             if data:
                 transport.write(data)

@@ -39,6 +39,11 @@ class Conversations(Sessions):
             )
             await self._stt_events.start()
 
+    def shed(self, overloaded: bool) -> None:
+        """Leave out speculation and second requests, or take them up again."""
+        super().shed(overloaded)
+        self._downstream.allow_hedging(not overloaded)
+
     async def close(self) -> None:
         """Stop the turns, write what is dirty, close the clients; each within a bound."""
         if self._stt_events is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import mimetypes
 import time
 from collections.abc import Awaitable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +25,18 @@ if TYPE_CHECKING:
 TEXT: Final = "text/plain; charset=utf-8"
 JSON: Final = "application/json"
 DEEP_HEALTH_TIMEOUT_S: Final = 1.0
+CONTENT_TYPES: Final = {
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".json": JSON,
+    ".svg": "image/svg+xml",
+    ".png": "image/png",
+    ".ico": "image/x-icon",
+    ".wav": "audio/wav",
+    ".woff2": "font/woff2",
+    ".webmanifest": "application/manifest+json",
+}
 CONSOLE_POLICY: Final = (
     "default-src 'self'; connect-src 'self' ws: wss:; img-src 'self' data:; media-src 'self' blob:; "
     "worker-src 'self' blob:; object-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -59,9 +70,7 @@ def load_assets(directory: Path) -> dict[str, Asset]:
     assets = {}
     for file in sorted(directory.rglob("*")):
         if file.is_file() and file.suffix not in (".py", ".pyc"):
-            kind = mimetypes.guess_type(file.name)[0] or "application/octet-stream"
-            if kind.startswith("text/"):
-                kind += "; charset=utf-8"
+            kind = CONTENT_TYPES.get(file.suffix, "application/octet-stream")
             assets["/" + file.relative_to(directory).as_posix()] = Asset(kind, file.read_bytes())
     assets["/"] = assets["/index.html"]
     return assets

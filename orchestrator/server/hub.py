@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 from orchestrator.core.ring import owner
 from orchestrator.server import handoff
 from orchestrator.server.auth import Authenticator, Grant
+from orchestrator.server.collector import Collector
 from orchestrator.server.entry import Entry
 from orchestrator.server.head import ParsedHead, Refusal
 from orchestrator.server.limits import PING_INTERVAL_S
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
     from orchestrator.server.http import Asset, MetricsPage
 
 HEARTBEAT_S: Final = HEARTBEAT_NS / 1e9
-LAG_MEMORY: Final = 0.8
-"""What is left of a measured lag at the next heartbeat: one long pause refuses newcomers for a few beats."""
+SHED_LAG_S: Final = 0.02
+"""A loop this late, two beats in a row, does no optional work: speculation and hedges help who has time to spare."""
 
 MAX_HOPS: Final = 3
 HANDOFFS_PER_WAKE: Final = 64
@@ -93,7 +94,10 @@ class Hub:
         self.heads = Census()
         self.transports = Census()
         self.draining = False
+        self.collector = Collector(observer.gc_paused)
+        self._shedding = False
         self.lag_s = 0.0
+        self._last_lag = 0.0
         self._tasks: set[asyncio.Task[None]] = set()
         self._connection_numbers = itertools.count(1)
         self._ping_turns = itertools.cycle(range(_PING_SPREAD))
@@ -115,10 +119,16 @@ class Hub:
     def _on_beat(self) -> None:
         now = time.monotonic()
         lag = max(0.0, now - self._next_beat)
-        self.lag_s = max(lag, self.lag_s * LAG_MEMORY)
+        # One pause is no overload, two late beats in a row are.
+        self.lag_s = min(lag, self._last_lag)
+        if self._shedding != (self.lag_s > SHED_LAG_S):
+            self._shedding = not self._shedding
+            self.sessions.shed(self._shedding)
+        self._last_lag = lag
         self.observer.loop_lag(lag)
         self.table.beat(self.slot, time.monotonic_ns(), redis_connected=self.sessions.store_connected)
         self.wheel.advance(self.loop.time())
+        self.collector.tick(idle=self.sessions.idle)
         self._next_beat = max(self._next_beat + HEARTBEAT_S, now)
         self._beat = self.loop.call_later(self._next_beat - now, self._on_beat)
 

@@ -44,7 +44,7 @@ BACKLOG: Final = 2048
 WORKER_TIMEOUT_S: Final = 15
 """A worker whose loop hangs for this long is killed and replaced."""
 
-DRAIN_MARGIN_S: Final = 8
+DRAIN_MARGIN_S: Final = 14
 """Between a worker's own end of its drain and the arbiter's SIGKILL."""
 
 CONSOLE_DIRECTORY: Final = Path(__file__).parent / "console"

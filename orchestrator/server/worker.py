@@ -13,6 +13,7 @@ import os
 import queue
 import signal
 import sys
+import threading
 import time
 from functools import partial
 from types import FrameType
@@ -37,9 +38,16 @@ IGNORED_SIGNALS: Final = (
 CLOSE_SERVICE_RESTART: Final = 1012
 RECONNECT_AFTER_MS: Final = 250
 TEND_S: Final = 0.25
-CLOSING_HANDSHAKES_S: Final = 1.0
-SESSIONS_CLOSE_S: Final = 3.0
-AT_ONCE_S: Final = 0.5
+CLOSE_S: Final = (1.0, 5.0)
+CLOSE_AT_ONCE_S: Final = (0.3, 0.8)
+"""Bounds for the closing handshakes and for the sessions' close; at once is within gunicorn's two seconds for that."""
+
+TASKS_CLOSE_S: Final = 0.5
+FORCED_EXIT_S: Final = 12.0
+FORCED_EXIT_AT_ONCE_S: Final = 1.8
+FORCED_EXIT_AFTER_LOOP_S: Final = 1.0
+"""A name lookup that hangs in a thread, or a task that will not be cancelled, must not keep a worker from its end."""
+
 RESTART_PAUSE_S: Final = 1.0
 """A worker that cannot start is replaced at once: this keeps a broken one from eating the machine."""
 
@@ -102,7 +110,20 @@ class OrchestratorWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
             sys.exit(1)
         finally:
             asyncio.set_event_loop(None)
+            force_exit_after(FORCED_EXIT_AFTER_LOOP_S, self.slot)
             loop.close()
+
+
+def force_exit_after(seconds: float, slot: int) -> None:
+    """End the process `seconds` from now, unless it has ended by itself."""
+
+    def end() -> None:
+        log.warning("the worker of slot %d does not end: something outside the event loop hangs", slot)
+        os._exit(0)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
 
 
 class Life:
@@ -140,6 +161,7 @@ class Life:
             await self._loop.create_server(partial(Entry, hub), sock=listener.sock, backlog=self._worker.cfg.backlog)
             for listener in self._worker.sockets
         ]
+        hub.collector.start()
         table.go_live(self._slot, time.monotonic_ns())
         if table.claim_announcement():
             log.info("listening on %s", ", ".join(str(listener) for listener in self._worker.sockets))
@@ -192,6 +214,7 @@ class Life:
         await self._first_of(hub.no_connections, self._at_once, timeout=self._pool.settings.drain_timeout_seconds)
 
     async def _go(self, hub: Hub, listeners: list[asyncio.Server]) -> None:
+        force_exit_after(FORCED_EXIT_AT_ONCE_S if self._at_once.is_set() else FORCED_EXIT_S, self._slot)
         for listener in listeners:
             listener.close()
         for connection in list(hub.connections.values()):
@@ -200,15 +223,14 @@ class Life:
         hub.stop_receiving()
         while hub.receive_handed():
             pass
-        at_once = self._at_once.is_set()
+        handshakes, limit = CLOSE_AT_ONCE_S if self._at_once.is_set() else CLOSE_S
         # A client that has not read our close frame must not find its connection reset.
-        await self._first_of(hub.transports.none, timeout=AT_ONCE_S if at_once else CLOSING_HANDSHAKES_S)
-        limit = AT_ONCE_S if at_once else SESSIONS_CLOSE_S
+        await self._first_of(hub.transports.none, timeout=handshakes)
         try:
             await asyncio.wait_for(hub.sessions.close(), limit)
         except TimeoutError:
             log.warning("slot %d: sessions were not closed within %g s", self._slot, limit)
-        await hub.finish_tasks(AT_ONCE_S)
+        await hub.finish_tasks(TASKS_CLOSE_S)
         hub.stop_heartbeat()
         hub.metrics.close()
         if self._tender is not None:

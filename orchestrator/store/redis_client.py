@@ -20,6 +20,9 @@ from orchestrator.errors import SettingsError
 REDIS_ERRORS = (RedisError, RedisClusterException, OSError)
 """What a Redis client raises when the store does not do what it should; TimeoutError is an OSError."""
 
+CLUSTER_CONNECTIONS = 16
+"""To each node of a cluster, where a command holds one session only and many are sent side by side."""
+
 _SENTINEL_FORM = "redis+sentinel://[user:password@]host:port[,host:port…]/service[/database]"
 _SENTINEL_PORT = 26379
 
@@ -69,7 +72,7 @@ def make_client(url: str, *, timeout: float, connections: int = 2, for_pubsub: b
     if scheme == "redis+sentinel":
         return _sentinel_client(parse_sentinel_url(url), timeout, limits)
     if scheme == "redis+cluster" and not for_pubsub:
-        return RedisCluster.from_url(_plain(url), cluster_error_retry_attempts=0, **limits)
+        return RedisCluster.from_url(_plain(url), **{**limits, "max_connections": CLUSTER_CONNECTIONS})
     return Redis.from_url(_plain(url), **limits)
 
 

@@ -20,7 +20,7 @@ from redis.exceptions import NoScriptError
 
 from orchestrator.errors import StoreUnavailable
 from orchestrator.store.record import ForeignRecord, SessionRecord, decode_record, encode_record
-from orchestrator.store.redis_client import REDIS_ERRORS, RedisClient, make_client
+from orchestrator.store.redis_client import CLUSTER_CONNECTIONS, REDIS_ERRORS, RedisClient, make_client
 
 READ_TIMEOUT_SECONDS = 0.05
 WRITE_TIMEOUT_SECONDS = 1.0
@@ -30,7 +30,7 @@ _BATCH = 64
 _FIRST_PAUSE_SECONDS = 0.05
 _LAST_PAUSE_SECONDS = 1.0
 _PROBE_SECONDS = 1.0
-_START_SECONDS = 0.1
+_START_SECONDS = 0.25
 
 # KEYS: sessions. ARGV: the TTL in seconds, then epoch and record for each key. Answers 1 (written) or 0 (refused) each.
 # The epoch stands in the first bytes of a record, before any text of a user; a value without one is no record of ours.
@@ -129,7 +129,7 @@ class SessionStore:
             await asyncio.wait(self._tasks[:1], timeout=timeout)
             for task in self._tasks:
                 task.cancel()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
+            await asyncio.wait(self._tasks)
         if self.dirty:
             log.warning("store: %d sessions were not written before the end", self.dirty)
         for _, answer in self._wanted:
@@ -169,7 +169,7 @@ class SessionStore:
 
     async def _read_loop(self) -> None:
         """Answers all loads that came in while the last ones were answered with one command."""
-        while True:
+        while not self._closing:
             await self._asked.wait()
             self._asked.clear()
             while self._wanted:
@@ -180,7 +180,7 @@ class SessionStore:
         try:
             values = await self._get([session_key(session_id) for session_id, _ in batch])
         except REDIS_ERRORS as error:
-            log.debug("store: not read: %s", error)
+            log.debug("store: not read: %r", error)
             self._set_connected(False)
             self._work.set()
             for _, answer in batch:
@@ -198,7 +198,10 @@ class SessionStore:
     async def _get(self, keys: list[str]) -> list[bytes | None]:
         client = self._reads
         if isinstance(client, RedisCluster):
-            return cast(list[bytes | None], await client.mget_nonatomic(keys))
+            pipeline = client.pipeline()
+            for key in keys:
+                pipeline.get(key)
+            return cast(list[bytes | None], await pipeline.execute())
         return cast(list[bytes | None], await client.mget(keys))
 
     async def _write_loop(self) -> None:
@@ -236,7 +239,7 @@ class SessionStore:
         try:
             await self._writes.ping()
         except REDIS_ERRORS as error:
-            log.debug("store: no answer: %s", error)
+            log.debug("store: no answer: %r", error)
             return False
         return True
 
@@ -250,7 +253,7 @@ class SessionStore:
                 await self._write(batch)
                 written = True
             except REDIS_ERRORS as error:
-                log.debug("store: not written: %s", error)
+                log.debug("store: not written: %r", error)
                 self._observer.store_written("failed", len(batch))
                 return False
             finally:
@@ -270,9 +273,9 @@ class SessionStore:
             self._observer.store_written("ok", len(rows) - len(refused))
         if refused:
             self._observer.store_written("fenced", len(refused))
-            for session_id in refused:
-                log.warning("store: session %s was not written: it has a newer owner", session_id)
-                if self._on_fenced is not None:
+            log.warning("store: %d sessions have a newer owner and were not written: %s …", len(refused), refused[0])
+            if self._on_fenced is not None:
+                for session_id in refused:
                     self._on_fenced(session_id)
 
     def _record(self, session_id: str, snapshot: Snapshot) -> tuple[int, bytes] | None:
@@ -289,8 +292,12 @@ class SessionStore:
         client = self._writes
         if not isinstance(client, RedisCluster):
             return await self._run_script(client, rows)
-        answers = await asyncio.gather(*(self._run_script(client, [row]) for row in rows))
-        return [answer for (answer,) in answers]
+        answers: list[int] = []
+        for start in range(0, len(rows), CLUSTER_CONNECTIONS):
+            group = rows[start : start + CLUSTER_CONNECTIONS]
+            for answer in await asyncio.gather(*(self._run_script(client, [row]) for row in group)):
+                answers += answer
+        return answers
 
     async def _run_script(self, client: RedisClient, rows: list[tuple[str, tuple[int, bytes]]]) -> list[int]:
         arguments: list[str | bytes | int] = [session_key(session_id) for session_id, _ in rows]

@@ -44,5 +44,8 @@ class Observer:
     def store_state(self, connected: bool, dirty: int) -> None:
         """Whether the store answers, and how many sessions wait to be written."""
 
+    def gc_paused(self, seconds: float) -> None:
+        """A collection of cyclic garbage held the loop."""
+
     def loop_lag(self, seconds: float) -> None:
         """How late the event loop ran a timer."""

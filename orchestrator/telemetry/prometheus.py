@@ -118,6 +118,10 @@ class PrometheusObserver(Observer):
         self._handoffs = _Children(
             Counter("orchestrator_handoffs", "Accepted connections by where they went.", ("result",), registry=registry)
         )
+        self._gc = Histogram(
+            "orchestrator_gc_pause_seconds", "How long a collection of cyclic garbage held the event loop.",
+            buckets=FINE_BUCKETS, registry=registry,
+        )  # fmt: skip
         self._lag = Histogram(
             "orchestrator_loop_lag_seconds", "How late the event loop ran its heartbeat.",
             buckets=FINE_BUCKETS, registry=registry,
@@ -201,6 +205,9 @@ class PrometheusObserver(Observer):
     def store_state(self, connected: bool, dirty: int) -> None:
         self._connected.set(1 if connected else 0)
         self._dirty.set(dirty)
+
+    def gc_paused(self, seconds: float) -> None:
+        self._gc.observe(seconds)
 
     def loop_lag(self, seconds: float) -> None:
         self._lag.observe(seconds)

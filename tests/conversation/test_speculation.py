@@ -89,7 +89,7 @@ async def test_only_one_question_is_in_flight() -> None:
 @staged
 async def test_load_sheds_speculation_first() -> None:
     stage = Stage(speculation="on")
-    stage.runtime.overloaded = lambda: True
+    stage.sessions.shed(True)
     session = await stage.connect()
     stage.ask(session)
     await stage.link.until("response_ready")

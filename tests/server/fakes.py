@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import threading
+import time
 from typing import Any
 
 from orchestrator.conversation.registry import ConnectQuery
@@ -108,6 +111,13 @@ class FakeSessions:
             self._drain(session)
         return session
 
+    @property
+    def idle(self) -> bool:
+        return self.attached == 0
+
+    def shed(self, overloaded: bool) -> None:
+        pass
+
     def find(self, session_id: str) -> FakeSession | None:
         return self.sessions.get(session_id)
 
@@ -162,3 +172,32 @@ async def build_sessions_except_once(
         os.mkdir(marker)
         raise RuntimeError("told to fail")
     return FakeSessions(settings, slot)
+
+
+class StubbornSessions(FakeSessions):
+    """Will not be closed, and leaves a thread behind that nobody can stop."""
+
+    async def close(self) -> None:
+        threading.Thread(target=time.sleep, args=(600.0,)).start()
+        while True:
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(600.0)
+
+
+class ThreadedSessions(FakeSessions):
+    """Leaves a thread behind that nobody can stop."""
+
+    async def close(self) -> None:
+        threading.Thread(target=time.sleep, args=(600.0,)).start()
+
+
+async def build_stubborn_sessions(
+    settings: Settings, slot: int, observer: Observer, loop: asyncio.AbstractEventLoop
+) -> FakeSessions:
+    return StubbornSessions(settings, slot)
+
+
+async def build_threaded_sessions(
+    settings: Settings, slot: int, observer: Observer, loop: asyncio.AbstractEventLoop
+) -> FakeSessions:
+    return ThreadedSessions(settings, slot)

@@ -141,7 +141,7 @@ def spawn_pool(
     log_file = directory / f"pool-{time.monotonic_ns()}.log"
     with log_file.open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "gunicorn", "-c", str(config), *arguments],
+            [str(Path(sys.executable).parent / "gunicorn"), "-c", str(config), *arguments],
             cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
     return RunningPool(process, log_file)

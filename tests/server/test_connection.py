@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -500,11 +502,21 @@ def test_invalid_utf8_is_1007(payload):
     assert client.close_code() == 1007
 
 
-def test_the_engines_parser_ends_with_the_connection():
-    client = Client()
-    client.open()
-    client.connection.connection_lost(None)
-    assert client.connection._engine.parser.gi_frame is None  # type: ignore[attr-defined]
+def test_a_lost_connection_is_freed_without_the_collector():
+    gc.collect()
+    gc.disable()
+    try:
+        client = Client()
+        client.open()
+        client.send('{"type":"ping","id":1}')
+        freed = weakref.ref(client.connection._engine)
+        client.connection.connection_lost(None)
+        client.hub.left.clear()
+        client.hub.loop.tick()
+        del client
+        assert freed() is None
+    finally:
+        gc.enable()
 
 
 def test_the_client_engine_of_websockets_accepts_the_handshake():

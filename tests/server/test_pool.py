@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -52,6 +53,11 @@ async def opened(pool: RunningPool, session_ids: Iterable[str], at_once: int = 2
 
 def health(pool: RunningPool) -> dict[str, Any]:
     return json.loads(pool.ask("/health")[2])
+
+
+def owned_by(slot: int, slots: int, prefix: str) -> str:
+    """A session id that the ring gives to `slot` of `slots`."""
+    return next(name for number in itertools.count() if owner(name := f"{prefix}{number}", range(slots)) == slot)
 
 
 def test_four_workers_and_two_hundred_sessions(start_fake_pool: StartPool):
@@ -113,16 +119,17 @@ def test_a_stopped_worker_gets_no_new_sessions(start_fake_pool: StartPool):
 def test_sigterm_drains(start_fake_pool: StartPool):
     """Idle sessions go at once, busy ones when they are ready; meanwhile the pool says 503."""
     pool = start_fake_pool({"DRAIN_TIMEOUT_SECONDS": "20"}, workers=2)
-    names = ["busy-1", "busy-2", "busy-3", "idle-1", "idle-2"]
+    busy = [owned_by(slot, 2, "busy-") for slot in range(2)]
+    idle = [owned_by(slot, 2, "idle-") for slot in range(2)]
 
     async def scenario() -> None:
-        async with opened(pool, names) as clients:
+        async with opened(pool, [*busy, *idle]) as clients:
             pool.process.terminate()
-            for name in names:
+            for name in (*busy, *idle):
                 message = json.loads(await clients[name][0].recv())
                 assert message["type"] == "draining"
                 assert message["reconnect_after_ms"] > 0
-            for name in ("idle-1", "idle-2"):
+            for name in idle:
                 with pytest.raises(ConnectionClosed) as closed:
                     await clients[name][0].recv()
                 assert closed.value.rcvd is not None
@@ -137,7 +144,7 @@ def test_sigterm_drains(start_fake_pool: StartPool):
             # gunicorn repeats its SIGTERM; a second one must not cut the drain short.
             for pid in pool.workers():
                 os.kill(pid, signal.SIGTERM)
-            for name in ("busy-1", "busy-2", "busy-3"):
+            for name in busy:
                 client = clients[name][0]
                 await client.send('{"type":"ping","id":1}')
                 assert json.loads(await client.recv())["type"] == "pong"
@@ -150,7 +157,7 @@ def test_the_drain_has_an_end(start_fake_pool: StartPool):
     pool = start_fake_pool({"DRAIN_TIMEOUT_SECONDS": "0.5"}, workers=2)
 
     async def scenario() -> None:
-        async with opened(pool, ["busy-1", "busy-2"]) as clients:
+        async with opened(pool, [owned_by(slot, 2, "busy-") for slot in range(2)]) as clients:
             pool.process.terminate()
             for client, _ in clients.values():
                 assert json.loads(await client.recv())["type"] == "draining"
@@ -173,6 +180,18 @@ def test_an_interrupt_ends_at_once(start_fake_pool: StartPool, number):
             assert not any(map(is_child_of_a_pool, workers))
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("compose", "number"),
+    [("build_stubborn_sessions", signal.SIGQUIT), ("build_threaded_sessions", signal.SIGTERM)],
+)
+def test_what_hangs_does_not_keep_a_worker_alive(start_pool: StartPool, compose, number):
+    """Long before gunicorn would lose its patience, which is after DRAIN_TIMEOUT_SECONDS and more."""
+    pool = start_pool({"DRAIN_TIMEOUT_SECONDS": "600"}, 2, compose=f"tests.server.fakes:{compose}")
+    pool.process.send_signal(number)
+    assert pool.process.wait(15) == 0
+    assert pool.log.count("does not end") == 2
 
 
 def test_no_worker_survives_the_arbiter(start_fake_pool: StartPool):
@@ -318,11 +337,10 @@ def run_to_its_end(environ: dict[str, str], how: str) -> subprocess.CompletedPro
         "import os; from orchestrator.server.pool import run; "
         "from tests.server.fakes import build_sessions; run(os.environ, build_sessions)"
     )
-    command = ["-m", "gunicorn", "-c", "gunicorn.conf.py"] if how == "gunicorn" else ["-c", run]
+    gunicorn = str(Path(sys.executable).parent / "gunicorn")
+    command = [gunicorn, "-c", "gunicorn.conf.py"] if how == "gunicorn" else [sys.executable, "-c", run]
     environment = {"PATH": os.environ["PATH"], "LOG_FORMAT": "console", **environ}
-    return subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=30, check=False
-    )
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=30, check=False)
 
 
 def test_a_wrong_setting_at_a_reload_is_refused_and_the_pool_goes_on(tmp_path: Path, start_fake_pool: StartPool):

@@ -23,7 +23,7 @@ NAMES = {
     "orchestrator_speculation", "orchestrator_sessions", "orchestrator_sessions_rejected", "orchestrator_handoffs",
     "orchestrator_downstream_requests", "orchestrator_downstream_seconds", "orchestrator_breaker_state",
     "orchestrator_store_writes", "orchestrator_store_dirty", "orchestrator_redis_connected",
-    "orchestrator_loop_lag_seconds", "orchestrator_worker_restarts",
+    "orchestrator_loop_lag_seconds", "orchestrator_gc_pause_seconds", "orchestrator_worker_restarts",
 }  # fmt: skip
 
 
@@ -58,6 +58,7 @@ def everything(observer: PrometheusObserver) -> None:
     observer.store_written("ok", 3)
     observer.store_state(True, 2)
     observer.loop_lag(0.001)
+    observer.gc_paused(0.001)
 
 
 def samples(directory: Path, restarts: int = 0) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
