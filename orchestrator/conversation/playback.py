@@ -15,7 +15,9 @@ from typing import Protocol
 
 from orchestrator.conversation.pacing import Due, PacingWheel
 
-FRAME_MS = 100.0
+FRAME_MS = 200.0
+"""The longest frame; one that starts a turn is sent as short as it comes."""
+
 QUEUE_MS = 1000.0
 """Audio kept ready beyond the lead: enough to hide the first-chunk latency of the next clause."""
 
@@ -78,7 +80,7 @@ class Playback:
     """Takes a turn's clauses and audio in, sends paced frames out. One per turn; all calls on the loop's thread."""
 
     __slots__ = (
-        "_bytes_per_ms", "_clauses", "_due", "_ended", "_finishing", "_frame_bytes", "_hooks", "_lead_ms", "_loop",
+        "_bytes_per_ms", "_clauses", "_due", "_ended", "_finishing", "_frame_bytes", "_hooks", "_loop", "_low_water",
         "_play_end", "_queue", "_reported", "_reported_end", "_room", "_sent_ms", "_sink", "_stuck_since", "_wheel",
         "sample_rate",
     )  # fmt: skip
@@ -96,10 +98,11 @@ class Playback:
         self._wheel = wheel
         self._sink = sink
         self._hooks = hooks
-        self._lead_ms = lead_ms
+        frame_ms = min(FRAME_MS, lead_ms / 2.0)
+        self._low_water = (lead_ms - frame_ms) / 1000.0 + 1e-6
         self.sample_rate = sample_rate
         self._bytes_per_ms = sample_rate * _BYTES_PER_SAMPLE / 1000.0
-        self._frame_bytes = int(sample_rate * FRAME_MS / 1000.0) * _BYTES_PER_SAMPLE
+        self._frame_bytes = int(sample_rate * frame_ms / 1000.0) * _BYTES_PER_SAMPLE
         self._queue = _Queue()
         self._clauses: list[_Clause] = []
         self._sent_ms = 0.0
@@ -213,13 +216,13 @@ class Playback:
             self._wait_for_reader(now)
             return
         self._stuck_since = None
-        while self._queue.size and (self._play_end - now) * 1000.0 <= self._lead_ms + 0.5:
+        while self._queue.size and self._play_end - now <= self._low_water:
             self._send_frame(now)
             if self._ended:
                 return
         self._release_room()
         if self._queue.size:
-            self._due = self._wheel.at(self._play_end - (self._lead_ms / 1000.0), self._pump)
+            self._due = self._wheel.at(self._play_end - self._low_water, self._pump)
         elif self._finishing:
             heard_out = self._heard_out_at()
             if heard_out <= now + 1e-6:

@@ -229,6 +229,7 @@ class Turn:
             now = self._runtime.clock()
             self.ledger.end("first_clause", now)
             self.ledger.answerable(now)
+            self._answer.relax()
         self._written += 1
         self._clauses.put_nowait(clause)
 

@@ -170,7 +170,10 @@ class HttpStream(PieceStream[T]):
         assert response is not None
         assert deadline is not None
         content = response.content
+        pace = self._call.pace
         while True:
+            if pace is not None and pace.gather_seconds and not content.is_eof():
+                await self._gather(response, pace.gather_seconds)
             try:
                 with deadline:
                     data = await content.readany()
@@ -186,6 +189,20 @@ class HttpStream(PieceStream[T]):
             elif content.at_eof():
                 self._wire_done = True
                 return self._take_end()
+
+    async def _gather(self, response: aiohttp.ClientResponse, seconds: float) -> None:
+        """Leave what arrives to the kernel for a while. Nothing is lost: the socket is only not read."""
+        connection = response.connection
+        transport = connection.transport if connection is not None else None
+        if not isinstance(transport, asyncio.ReadTransport) or not transport.is_reading():
+            await asyncio.sleep(seconds)
+            return
+        transport.pause_reading()
+        try:
+            await asyncio.sleep(seconds)
+        finally:
+            if not transport.is_closing():
+                transport.resume_reading()
 
     def _release(self, outcome: str) -> None:
         response, self._response = self._response, None

@@ -7,6 +7,17 @@ from dataclasses import dataclass
 from typing import Protocol, TypedDict
 
 
+@dataclass(slots=True)
+class Pace:
+    """How soon the consumer of a stream wants its next piece; it may change its mind while the stream runs.
+
+    With `gather_seconds` > 0 pieces are left to gather for so long and handed over together, which costs one wake-up
+    of the loop instead of one each.
+    """
+
+    gather_seconds: float = 0.0
+
+
 @dataclass(frozen=True, slots=True)
 class Call:
     """Who asks, and how long the answer is worth waiting for.
@@ -20,6 +31,7 @@ class Call:
     stage: str
     timeout_ms: float
     stall_ms: float = 1000.0
+    pace: Pace | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -374,7 +374,7 @@ async def test_audio_runs_at_most_its_lead_ahead() -> None:
     for sent in stage.link.sent:
         if sent.audio:
             sent_ms += sent.audio / 48.0
-            assert sent_ms - (sent.at - first.at) * 1000 <= stage.settings.audio_lead_ms + 101
+            assert sent_ms - (sent.at - first.at) * 1000 <= stage.settings.audio_lead_ms + 0.1
 
 
 @staged
