@@ -117,8 +117,7 @@ class Downstream:
         return pool
 
     def _guard(self, service: str, usual_timeout_ms: float) -> ServiceGuard:
-        clock = asyncio.get_running_loop().time
-        guard = ServiceGuard(service, self._observer, clock, usual_timeout_ms / 1000)
+        guard = ServiceGuard(service, self._observer, asyncio.get_running_loop(), usual_timeout_ms / 1000)
         self._guards.append(guard)
         return guard
 

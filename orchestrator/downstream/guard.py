@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
 from typing import Protocol, runtime_checkable
 
 from orchestrator.core.resilience import Breaker, BreakerPolicy, Permit
@@ -39,12 +39,13 @@ class ServiceGuard:
         self,
         service: str,
         observer: CallObserver,
-        clock: Callable[[], float],
+        loop: asyncio.AbstractEventLoop,
         usual_timeout: float,
         policy: BreakerPolicy | None = None,
     ) -> None:
         self.service = service
-        self.clock = clock
+        self.loop = loop
+        self.clock = loop.time
         self._observer = observer
         self._extra = observer if isinstance(observer, ExtraRequestObserver) else None
         self._fair_seconds = usual_timeout * _FAIR_SHARE

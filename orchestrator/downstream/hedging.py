@@ -38,8 +38,15 @@ class Hedger:
         permit = guard.admit()
         self._budget.earn()
         started = clock()
+        delay = hedge_after(self._latency.value, call.timeout_ms / 1000) if self.hedging else None
+        race = None if delay is None else _Race(self, attempt, call, started, delay)
         try:
-            result = await self._attempts(attempt, call, started)
+            try:
+                result = await (attempt(call) if race is None else race.run())
+            except DownstreamError as error:
+                if race is not None and race.second is not None:
+                    raise
+                result = await self._repeat(attempt, call, started, error)
         except DownstreamError as error:
             seconds = clock() - started
             guard.failed(permit, error, seconds)
@@ -71,18 +78,10 @@ class Hedger:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def _attempts(self, attempt: Attempt[T], call: Call, started: float) -> T:
-        delay = hedge_after(self._latency.value, call.timeout_ms / 1000) if self.hedging else None
-        race: _Race[T] | None = None
-        try:
-            if delay is None:
-                return await attempt(call)
-            race = _Race(self, attempt, call, started, delay)
-            return await race.run()
-        except DownstreamError as error:
-            raced = race is not None and race.second is not None
-            if raced or not _worth_repeating(error) or not self._in_time(call, started) or not self._budget.spend():
-                raise
+    async def _repeat(self, attempt: Attempt[T], call: Call, started: float, error: DownstreamError) -> T:
+        """The answer of one more request, after `error`. Raises `error` where that is not worth it."""
+        if not _worth_repeating(error) or not self._in_time(call, started) or not self._budget.spend():
+            raise error
         try:
             result = await attempt(self._reduced(call, started))
         except DownstreamError:
@@ -109,7 +108,8 @@ class _Race(Generic[T]):
                  "_timer", "_won", "second")  # fmt: skip
 
     def __init__(self, hedger: Hedger, attempt: Attempt[T], call: Call, started: float, delay: float) -> None:
-        owner = asyncio.current_task()
+        loop = hedger.guard.loop
+        owner = asyncio.current_task(loop)
         assert owner is not None
         self._hedger = hedger
         self._attempt = attempt
@@ -119,7 +119,7 @@ class _Race(Generic[T]):
         self._cancelling = owner.cancelling()
         self._first_failed = self._won = self._over = False
         self.second: asyncio.Task[T] | None = None
-        self._timer = asyncio.get_running_loop().call_later(delay, self._start)
+        self._timer = loop.call_later(delay, self._start)
 
     async def run(self) -> T:
         """The first usable answer. Raises DownstreamError if there is none."""

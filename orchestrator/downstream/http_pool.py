@@ -37,7 +37,6 @@ _IDEMPOTENCY_KEY = istr("Idempotency-Key")
 _TRACEPARENT = istr("traceparent")
 _STATIC_HEADERS: Mapping[str, str] = {
     istr("Content-Type"): "application/json",
-    istr("Accept"): "*/*",
     istr("Accept-Encoding"): "identity",
     istr("User-Agent"): "statemanager-orchestrator",
 }
@@ -171,11 +170,11 @@ class HttpPool:
             headers[_TRACEPARENT] = self._traceparent(call)
         try:
             try:
-                response = await self._send(url, body, headers)
+                response = await self._live_session().post(url, data=body, headers=headers, allow_redirects=False)
             except aiohttp.ClientConnectorError:
                 raise
             except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
-                response = await self._send(url, body, headers)
+                response = await self._live_session().post(url, data=body, headers=headers, allow_redirects=False)
         except aiohttp.ClientConnectionError as error:
             raise DownstreamError(self.service, Failure.UNREACHABLE, _brief(error)) from error
         except WIRE_ERRORS as error:
@@ -217,10 +216,10 @@ class HttpPool:
         except (ValueError, RecursionError) as error:
             raise DownstreamError(self.service, Failure.BAD_ANSWER, _brief(error)) from None
 
-    async def _send(self, url: URL, body: bytes, headers: Mapping[str, str]) -> aiohttp.ClientResponse:
+    def _live_session(self) -> aiohttp.ClientSession:
         if self._session is None:
             raise DownstreamError(self.service, Failure.UNREACHABLE, "shutting down")
-        return await self._session.post(url, data=body, headers=headers, allow_redirects=False)
+        return self._session
 
     async def _read_body(self, response: aiohttp.ClientResponse) -> bytes:
         data = await self.read_piece(response)

@@ -194,7 +194,8 @@ class HttpStream(PieceStream[T]):
         """Leave what arrives to the kernel for a while. Nothing is lost: the socket is only not read."""
         connection = response.connection
         transport = connection.transport if connection is not None else None
-        if not isinstance(transport, asyncio.ReadTransport) or not transport.is_reading():
+        # No isinstance check: uvloop's transports are none of asyncio's classes.
+        if transport is None or transport.is_closing() or not transport.is_reading():
             await asyncio.sleep(seconds)
             return
         transport.pause_reading()

@@ -9,8 +9,9 @@ from typing import Literal
 from orchestrator.downstream.deadline import Deadline
 from orchestrator.downstream.http_pool import StatusError
 from orchestrator.downstream.streams import PieceStream
+from orchestrator.downstream.tts_line import CONNECT_SECONDS
 from orchestrator.downstream.tts_openai import TtsOpenAi
-from orchestrator.downstream.tts_stream import CONNECT_SECONDS, TtsStream
+from orchestrator.downstream.tts_stream import TtsStream
 from orchestrator.downstream.types import Call
 from orchestrator.errors import DownstreamError, Failure
 

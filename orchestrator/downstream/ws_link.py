@@ -200,7 +200,7 @@ class WsLink(asyncio.Protocol):
             self._listener.ws_writable()
 
     def _bound_kernel_buffer(self, sock: socket.socket | None) -> None:
-        """What the kernel holds for a peer that takes nothing is audio too late; a peer that is gone is known sooner."""
+        """Audio that the kernel holds for a stuck peer comes too late; and a peer that is gone is known sooner."""
         if sock is not None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _KERNEL_BUFFER_BYTES)
             if hasattr(socket, "TCP_USER_TIMEOUT"):

@@ -163,6 +163,9 @@ class RawServer:
             await self.handler(Connection(reader, writer))
         except (ConnectionError, asyncio.IncompleteReadError):
             pass
+        except RuntimeError as error:
+            # What uvloop says to a write on a transport that the client has reset.
+            assert "closed" in str(error)
         finally:
             self.open -= 1
             writer.transport.abort() if writer.is_closing() else writer.close()

@@ -160,14 +160,15 @@ def test_a_foreign_cancellation_in_the_same_moment_is_not_swallowed(first: str) 
                 deadline.close()
 
         loop = asyncio.get_running_loop()
+        tasks: list[asyncio.Task[None]] = []
         if first == "foreign":
-            loop.call_at(now() + 1.0, lambda: task.cancel())
-        task = asyncio.ensure_future(work())
+            loop.call_at(now() + 1.0, lambda: tasks[0].cancel())
+        tasks.append(asyncio.ensure_future(work()))
         if first == "deadline":
             await asyncio.sleep(0)
-            loop.call_at(now() + 1.0, lambda: task.cancel())
+            loop.call_at(now() + 1.0, lambda: tasks[0].cancel())
         with pytest.raises(asyncio.CancelledError):
-            await task
+            await tasks[0]
 
     run()
 
@@ -264,9 +265,7 @@ async def test_close_leaves_no_timer() -> None:
     stall=st.integers(1, 50),
     pieces=st.lists(st.tuples(st.integers(0, 60), st.integers(0, 60)), max_size=8),
 )
-def test_any_stream_expires_when_the_rule_says(
-    timeout: int, stall: int, pieces: list[tuple[int, int]]
-) -> None:
+def test_any_stream_expires_when_the_rule_says(timeout: int, stall: int, pieces: list[tuple[int, int]]) -> None:
     """Pieces take (service, consumer) hundredths of a second each; equal times are left out, either may come first."""
     expected: tuple[int, Failure, int] | None = None
     at = 0

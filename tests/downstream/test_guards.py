@@ -74,9 +74,7 @@ class Bench:
     def __init__(self, *script: tuple[float, DownstreamError | None], policy: BreakerPolicy | None = None) -> None:
         self.seen = Seen()
         self.service = Scripted(*script)
-        self.guard = ServiceGuard(
-            "intent", self.seen, asyncio.get_running_loop().time, USUAL_MS / 1000, policy
-        )
+        self.guard = ServiceGuard("intent", self.seen, asyncio.get_running_loop(), USUAL_MS / 1000, policy)
         self.hedger = Hedger(self.guard)
         self.intent = ResilientIntent(self.service, self.hedger)
 
@@ -334,9 +332,7 @@ async def test_a_cancelled_probe_leaves_its_place_to_the_next_call() -> None:
     assert bench.guard.state == "closed"
 
 
-@pytest.mark.parametrize(
-    "error", [StatusError("intent", 400), StatusError("intent", 404), StatusError("intent", 422)]
-)
+@pytest.mark.parametrize("error", [StatusError("intent", 400), StatusError("intent", 404), StatusError("intent", 422)])
 def test_a_refused_request_does_not_open_the_circuit(error: StatusError) -> None:
     @virtual
     async def run() -> None:
@@ -394,7 +390,7 @@ class Llm:
 
 def guarded(llm: Llm) -> tuple[ResilientLlm, ServiceGuard, Seen]:
     seen = Seen()
-    guard = ServiceGuard("llm", seen, asyncio.get_running_loop().time, USUAL_MS / 1000)
+    guard = ServiceGuard("llm", seen, asyncio.get_running_loop(), USUAL_MS / 1000)
     return ResilientLlm(llm, guard), guard, seen
 
 

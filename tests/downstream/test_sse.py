@@ -60,6 +60,12 @@ def test_any_cutting_gives_the_standards_events(data: bytes, sizes: list[int], m
 
 
 @given(STREAMS)
+def test_event_by_event_is_the_same(data: bytes) -> None:
+    pieces = [piece for piece in re.split(rb"(?<=\n\n)", data) if piece]
+    assert events_of(pieces) == events_of([data]) == expected_events(data)
+
+
+@given(STREAMS)
 def test_byte_by_byte_is_the_same(data: bytes) -> None:
     assert events_of([data[i : i + 1] for i in range(len(data))]) == events_of([data])
 

@@ -139,7 +139,9 @@ def test_a_late_loop_takes_no_new_sessions_until_it_has_recovered(make_hub: Make
 
 def test_the_heartbeat_measures_how_late_it_is(make_hub: MakeHub, table: SlotTable):
     hub = make_hub()
-    hub.sessions = type("Sessions", (), {"store_connected": True, "idle": False, "shed": lambda self, overloaded: None})()
+    hub.sessions = type(
+        "Sessions", (), {"store_connected": True, "idle": False, "shed": lambda self, overloaded: None}
+    )()
     before = table.view(0).heartbeat_ns
 
     def beat(late: float) -> None:

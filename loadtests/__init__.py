@@ -1,0 +1,1 @@
+"""Load tests with Locust: people who talk, interrupt, leave and lurk, over the client's WebSocket."""
