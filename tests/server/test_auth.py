@@ -27,7 +27,7 @@ def authenticator(**environ: str) -> Authenticator:
 
 
 def token(key: Any = SECRET, algorithm: str = "HS256", headers: dict[str, str] | None = None, **claims: Any) -> str:
-    claims = {"exp": time.time() + 60, **claims}
+    claims = {"exp": time.time() + 3600, **claims}
     return jwt.encode({k: v for k, v in claims.items() if v is not None}, key, algorithm, headers)
 
 
