@@ -24,13 +24,14 @@ class Due:
 class PacingWheel:
     """Runs callbacks at or up to one tick after their time (seconds on the loop's clock), never before it."""
 
-    __slots__ = ("_armed", "_armed_for", "_loop", "_slots")
+    __slots__ = ("_armed", "_armed_for", "_loop", "_running", "_slots")
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._slots: dict[int, list[Due]] = {}
         self._armed: asyncio.TimerHandle | None = None
         self._armed_for = 0
+        self._running = False
 
     def at(self, when: float, callback: Callable[[], None]) -> Due:
         """Run `callback` at `when`."""
@@ -41,7 +42,7 @@ class PacingWheel:
             waiting.append(due)
             return due
         self._slots[tick] = [due]
-        if self._armed is None or tick < self._armed_for:
+        if not self._running and (self._armed is None or tick < self._armed_for):
             self._arm(tick)
         return due
 
@@ -60,11 +61,22 @@ class PacingWheel:
 
     def _run(self) -> None:
         self._armed = None
-        now = math.floor(self._loop.time() / TICK_SECONDS + 1e-6)
-        for tick in sorted(tick for tick in self._slots if tick <= max(now, self._armed_for)):
-            for due in self._slots.pop(tick):
-                callback, due.callback = due.callback, None
-                if callback is not None:
-                    callback()
-        if self._slots and self._armed is None:
-            self._arm(min(self._slots))
+        now = max(math.floor(self._loop.time() / TICK_SECONDS + 1e-6), self._armed_for)
+        # Callbacks put new ones on the wheel: which of all is the next is known only behind the last of them.
+        self._running = True
+        try:
+            for tick in sorted(tick for tick in self._slots if tick <= now):
+                for due in self._slots.pop(tick):
+                    callback, due.callback = due.callback, None
+                    if callback is not None:
+                        self._call(callback)
+        finally:
+            self._running = False
+            if self._slots:
+                self._arm(min(self._slots))
+
+    def _call(self, callback: Callable[[], None]) -> None:
+        try:
+            callback()
+        except Exception as error:  # noqa: BLE001 one session's fault must not stop the others that are due
+            self._loop.call_exception_handler({"message": "a paced callback failed", "exception": error})
