@@ -197,6 +197,11 @@ class Settings:
     otel_endpoint: str = _variable("OTEL_EXPORTER_OTLP_ENDPOINT", _text, "")
 
 
+def without_password(url: str) -> str:
+    """`url` fit to be shown: what stands before the last @ of its authority is hidden."""
+    return re.sub(r"(//|^)[^/\s]*@", r"\1(hidden)@", url)
+
+
 @dataclass(frozen=True, slots=True)
 class SettingSource:
     """One line of `orchestrator doctor`: the variable, the value in force (secrets masked) and where it came from."""
@@ -220,7 +225,7 @@ def load_settings(environ: Mapping[str, str]) -> Settings:
         try:
             values[spec.name] = spec.metadata["parse"](raw)
         except ValueError as error:
-            shown = "(hidden)" if spec.metadata["secret"] and spec.name != "redis_url" else repr(raw)
+            shown = "(hidden)" if spec.metadata["secret"] and spec.name != "redis_url" else repr(without_password(raw))
             raise SettingsError(f"{variable}={shown} is not accepted: {error}") from None
     settings = Settings(**values)
     if not settings.rag_service_url and not settings.llm_base_url:
@@ -242,7 +247,7 @@ def describe_settings(environ: Mapping[str, str]) -> list[SettingSource]:
         value = getattr(settings, spec.name)
         shown = "(set)" if spec.metadata["secret"] and value and spec.name != "redis_url" else str(value)
         if spec.name == "redis_url":
-            shown = re.sub(r"//[^@/]*@", "//(hidden)@", shown)
+            shown = without_password(shown)
         if isinstance(value, tuple):
             shown = ",".join(value)
         rows.append(

@@ -127,6 +127,12 @@ class Pool:
     def on_starting(self, server: Any) -> None:
         """In the arbiter, before it listens: make what all workers share. Ends the process on what cannot work."""
         self._arbiter_pid = os.getpid()
+        if self.settings.otel_endpoint:
+            log.warning(
+                "OTEL_EXPORTER_OTLP_ENDPOINT=%r has no effect: this release exports no traces, it only passes "
+                "traceparent on to the services",
+                self.settings.otel_endpoint,
+            )
         try:
             self.authenticator = Authenticator(self.settings)
         except SettingsError as error:
