@@ -59,7 +59,7 @@ def test_something_must_be_able_to_answer() -> None:
 
 
 def test_two_kinds_of_keys_are_one_too_many() -> None:
-    with pytest.raises(SettingsError, match="AUTH_JWKS_FILE='keys.json' is not accepted beside AUTH_JWT_SECRET"):
+    with pytest.raises(SettingsError, match=r"AUTH_JWKS_FILE='keys\.json' is not accepted beside AUTH_JWT_SECRET"):
         load_settings({"AUTH_JWT_SECRET": "x" * 32, "AUTH_JWKS_FILE": "keys.json"})
 
 
