@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     from orchestrator.conversation.runtime import Runtime
     from orchestrator.store.record import HistoryEntry
 
-GATHER_SECONDS = 0.04
-"""A first clause takes a second to speak, so what follows it may come 40 ms late; at 25 or more tokens a second that
-saves most of the wake-ups a token would cost."""
+_GATHER_SECONDS_PER_CHARACTER = 0.055 / 16
+_MOST_GATHER_SECONDS = 0.12
+"""What follows the first clause is needed only while that is spoken (about 55 ms a character), so it may come late by a
+sixteenth of it, at most 120 ms; at 25 or more tokens a second that saves most of the wake-ups a token would cost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +60,10 @@ class AnswerStream:
         self._pace = Pace()
         self.failure = ("answer_failed", "no source had an answer")
 
-    def relax(self) -> None:
+    def relax(self, first_clause: str) -> None:
         """The first clause is there: the rest is needed only while it is spoken, so it may come in bigger pieces."""
-        self._pace.gather_seconds = GATHER_SECONDS
+        seconds = len(first_clause) * _GATHER_SECONDS_PER_CHARACTER
+        self._pace.gather_seconds = min(seconds, _MOST_GATHER_SECONDS)
 
     async def pieces(self, intent: Intent, retrieval: Retrieval | None) -> AsyncIterator[str]:
         """Text deltas; none at all if no source has anything to say."""

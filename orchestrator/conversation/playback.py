@@ -18,8 +18,9 @@ from orchestrator.conversation.pacing import Due, PacingWheel
 FRAME_MS = 200.0
 """The longest frame; one that starts a turn is sent as short as it comes."""
 
-QUEUE_MS = 1000.0
-"""Audio kept ready beyond the lead: enough to hide the first-chunk latency of the next clause."""
+QUEUE_MS = 400.0
+"""Audio kept ready beyond the lead: with it, twice the usual deadline of a first TTS chunk. Asked for no earlier, the
+next clause can take along what else was written by then, and less is thrown away when the caller interrupts."""
 
 SLOW_READER_SECONDS = 5.0
 """A client that takes no audio for this long is closed with 4408."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 from orchestrator.conversation.answer import AnswerStream, Question
+from orchestrator.conversation.feed import ClauseFeed
 from orchestrator.conversation.playback import Heard, Playback, PlaybackHooks
 from orchestrator.conversation.understanding import Understanding
 from orchestrator.core.budget import Breakdown, Ledger
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
 
 MAX_ANSWER_CHARS = 16_384
 """Twenty minutes of speech; an answer that goes on is cut there and the turn is `truncated`."""
+
+JOINED_CHARS = 160
+"""Sentences behind the first clause that wait together are spoken as one request up to this length, some nine seconds
+of speech: fewer requests, and the voice knows what comes next."""
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +110,7 @@ class Turn:
         self._adopted = adopted
         self._understanding: Understanding | None = adopted
         self._answer = AnswerStream(runtime, question, ledger)
-        self._clauses: asyncio.Queue[str | None] = asyncio.Queue()
+        self._clauses = ClauseFeed(runtime.loop)
         self._written = 0
         self._answer_complete = False
         self._speech_failed = False
@@ -215,7 +220,7 @@ class Turn:
             self._write(rest)
         elif not self._written and runtime.settings.fallback_text:
             self._write(runtime.settings.fallback_text)
-        self._clauses.put_nowait(None)
+        self._clauses.close()
 
     async def _settle(self, understanding: Understanding) -> None:
         if self._runtime.services.rag is not None:
@@ -229,15 +234,19 @@ class Turn:
             now = self._runtime.clock()
             self.ledger.end("first_clause", now)
             self.ledger.answerable(now)
-            self._answer.relax()
+            self._answer.relax(clause)
         self._written += 1
-        self._clauses.put_nowait(clause)
+        self._clauses.put(clause)
 
     async def _speak(self) -> None:
         """Say the clauses in order; what cannot be said is delivered as text."""
         tts = self._runtime.services.tts
         index = 0
-        while (clause := await self._clauses.get()) is not None:
+        while await self._clauses.filled():
+            speaking = tts is not None and not self._speech_failed
+            if speaking and self.playback is not None:
+                await self.playback.room()
+            clause = self._clauses.take(JOINED_CHARS if speaking and index else 0)
             self.spoken.append(clause)
             if tts is None or self._speech_failed:
                 await self._until_released()
@@ -255,8 +264,6 @@ class Turn:
 
     async def _speak_clause(self, tts: TtsService, index: int, clause: str) -> None:
         clock, ledger, settings = self._runtime.clock, self.ledger, self._runtime.settings
-        if self.playback is not None:
-            await self.playback.room()
         timeout = settings.tts_timeout_ms
         if index == 0:
             timeout = ledger.left_ms(timeout, clock())

@@ -37,7 +37,8 @@ class Ledger:
     """Stamps of one turn.
 
     `started` is the receipt of `vad_end`, `stt_ms` what STT took before it where that is known, `deadline_ms` the sum
-    of the stages' timeouts: no chain of calls of this turn may wait longer for its first audio.
+    of the stages' timeouts: no chain of calls of this turn may wait longer for its first audio, but for the time in
+    which the first clause is being written.
     """
 
     __slots__ = ("_answerable", "_first_audio", "_waits", "budget_ms", "deadline", "rag_answers", "saved_ms", "started",
@@ -83,9 +84,17 @@ class Ledger:
             wait.ended = max(at, wait.began)
 
     def answerable(self, at: float) -> None:
-        """The first clause of the answer is there."""
-        if self._answerable is None:
-            self._answerable = at
+        """The first clause of the answer is there.
+
+        The timeouts bound the wait for its first word. What it took from there on is the pace at which the model
+        writes, watched by the stall timeout: it puts the deadline off, or a slow one would have no time to be spoken.
+        """
+        if self._answerable is not None:
+            return
+        self._answerable = at
+        first_word = self._waits.get("rag" if self.rag_answers else "llm_first_token")
+        if first_word is not None and first_word.ended is not None:
+            self.deadline += max(0.0, at - first_word.ended)
 
     def first_audio(self, at: float) -> None:
         """The first audio byte (or, without audio, the answer's text) is written."""

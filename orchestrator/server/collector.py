@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-YOUNG_SECONDS = 0.1
+YOUNG_SECONDS = 0.25
 FULL_SECONDS = 60.0
 """The least time between two full collections."""
 

@@ -176,7 +176,8 @@ class ScriptedTts(_Scripted):
     async def synthesize(self, text: str, call: Call) -> AsyncGenerator[bytes, None]:
         self.fails = self.failure if len(self.seen.started) >= self.fails_from else None
         self.seen.begin(text, call)
-        async for frame in _stream(self, call, [FRAME] * self.frames, self.frame_ms, self.stalls_after):
+        sentences = max(1, sum(text.count(mark) for mark in ".!?"))
+        async for frame in _stream(self, call, [FRAME] * self.frames * sentences, self.frame_ms, self.stalls_after):
             yield frame
 
 

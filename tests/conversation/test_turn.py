@@ -6,7 +6,9 @@ import asyncio
 
 import pytest
 
+from orchestrator.conversation.playback import FRAME_MS, QUEUE_MS
 from orchestrator.conversation.runtime import Services
+from orchestrator.conversation.turn import JOINED_CHARS
 from orchestrator.errors import Failure
 from tests.conversation.scripted import (
     ScriptedIntent,
@@ -36,7 +38,7 @@ async def test_a_turn_from_end_of_speech_to_idle() -> None:
     assert ready.at - ended == pytest.approx(0.080 + 0.100 + 3 * 0.005 + 0.075, abs=1e-4)
     done = await stage.link.until("turn_complete")
     assert stage.link.kinds == [
-        "connected", "response_ready", "audio", "response_text", "audio", "response_text", "audio", "turn_complete",
+        "connected", "response_ready", "audio", "response_text", "audio", "turn_complete",
     ]  # fmt: skip
     complete = done.message
     assert complete["text"] == "You need a diploma. Send it by May. Good luck!"
@@ -114,7 +116,7 @@ async def test_each_call_carries_what_is_left_of_its_deadline() -> None:
     assert [call.timeout_ms for call in calls] == [100, 150, 300, 200]
     assert [(call.session_id, call.turn_number) for call in calls] == [("s1", 1)] * 4
     stages = {call.stage for service in (stage.intent, stage.rag, stage.llm, stage.tts) for call in service.seen.calls}
-    assert stages == {"intent", "rag", "llm", "tts-0", "tts-1", "tts-2"}
+    assert stages == {"intent", "rag", "llm", "tts-0", "tts-1"}
 
 
 @staged
@@ -163,6 +165,7 @@ async def test_without_tts_the_text_is_the_answer() -> None:
     assert stage.link.kinds == ["connected", "response_ready", "response_text", "response_text", "turn_complete"]
 
 
+LONG_SENTENCE = "The office for international students looks at every application twice before it answers anybody."
 FAILURES = [Failure.TIMEOUT, Failure.UNREACHABLE, Failure.STATUS, Failure.BAD_ANSWER]
 
 
@@ -310,10 +313,56 @@ async def test_tts_late_gives_the_text_at_its_deadline() -> None:
 
 
 @staged
+async def test_short_sentences_that_wait_are_spoken_together() -> None:
+    stage = Stage()
+    session = await stage.connect()
+    stage.ask(session)
+    await stage.link.until("turn_complete")
+    assert [text for _, text in stage.tts.seen.started] == ["You need a diploma.", "Send it by May. Good luck!"]
+    (message,) = stage.link.messages("response_text")
+    assert (message["index"], message["text"]) == (1, "Send it by May. Good luck!")
+
+
+@staged
+async def test_long_sentences_are_spoken_one_by_one() -> None:
+    stage = Stage()
+    stage.llm.tokens = ("You need a diploma. ", LONG_SENTENCE + " ", "Good luck! ", LONG_SENTENCE)
+    session = await stage.connect()
+    stage.ask(session)
+    await stage.link.until("turn_complete")
+    spoken = [text for _, text in stage.tts.seen.started]
+    assert spoken == ["You need a diploma.", f"{LONG_SENTENCE} Good luck!", LONG_SENTENCE]
+    assert max(map(len, spoken)) <= JOINED_CHARS
+
+
+@staged
+async def test_a_sentence_that_is_due_does_not_wait_for_company() -> None:
+    stage = Stage()
+    stage.llm.token_ms = 400
+    session = await stage.connect()
+    stage.ask(session)
+    await stage.link.until("turn_complete")
+    assert [text for _, text in stage.tts.seen.started] == ["You need a diploma.", "Send it by May.", "Good luck!"]
+
+
+@staged
+async def test_the_next_clause_is_asked_for_when_what_is_left_would_just_cover_its_way() -> None:
+    stage = Stage()
+    stage.llm.tokens = ("You need a diploma. ", LONG_SENTENCE)
+    session = await stage.connect()
+    stage.ask(session)
+    ready = await stage.link.until("response_ready")
+    await stage.link.until("turn_complete")
+    left_ms = 1000 - (stage.tts.seen.started[1][0] - ready.at) * 1000
+    assert left_ms == pytest.approx(QUEUE_MS + stage.runtime.settings.audio_lead_ms, abs=FRAME_MS)
+
+
+@staged
 async def test_tts_that_fails_in_a_later_clause_plays_what_is_there() -> None:
     stage = Stage()
     stage.tts = ScriptedTts(fails=Failure.STATUS, fails_from=1)
     stage.runtime.services = Services(stage.intent, stage.rag, stage.llm, None, stage.tts)
+    stage.llm.tokens = ("You need a diploma. ", LONG_SENTENCE + " ", LONG_SENTENCE)
     session = await stage.connect()
     stage.ask(session)
     ready = await stage.link.until("response_ready")

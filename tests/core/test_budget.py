@@ -102,6 +102,18 @@ def test_the_deadline_is_spent_down() -> None:
     assert ledger.left_ms(300.0, 12.0) == 1.0
 
 
+@pytest.mark.parametrize(("rag_answers", "stage"), [(False, "llm_first_token"), (True, "rag")])
+def test_a_slow_writer_is_still_spoken(rag_answers: bool, stage: str) -> None:
+    ledger = Ledger(10.0, 445.0, 650.0)
+    ledger.rag_answers = rag_answers
+    ledger.begin(stage, 10.1)
+    ledger.end(stage, 10.35)
+    ledger.answerable(10.95)
+    ledger.answerable(11.5)
+    assert ledger.left_ms(200.0, 10.95) == 200.0
+    assert ledger.left_ms(500.0, 10.95) == pytest.approx(300.0)
+
+
 seconds = st.floats(0.0, 2.0, allow_nan=False)
 
 
