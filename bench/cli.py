@@ -176,6 +176,16 @@ def handoff(target: str, command: str | None, tts_protocol: str, workers: int) -
 
 
 @main.command()
+@target_options
+@click.option("--minutes", default=10.0, show_default=True, type=click.FloatRange(0.1, 120))
+def pauses(target: str, command: str | None, tts_protocol: str, minutes: float) -> None:
+    """Garbage collection over minutes at 50 turns/s: how often and how long it holds the event loop."""
+    from bench import pauses as module
+
+    module.run(chosen(target, command, tts_protocol), FakeConfig(), minutes=minutes)
+
+
+@main.command()
 @click.option("--only", "names", multiple=True, type=click.Choice(sorted(TARGETS)), help="leave the others out")
 def peers(names: tuple[str, ...]) -> None:
     """The same services and client against FastAPI by hand and Pipecat; prints ratios."""

@@ -1,9 +1,10 @@
 """When the garbage collector runs: little and often while conversations run, everything only when none does.
 
 Turns leave no cycles behind, so reference counts free nearly all. A full collection of a worker that holds a thousand
-sessions takes tens of milliseconds, so it is never left to chance: the young generations are collected every
-`YOUNG_SECONDS`, and what survives is frozen (not looked at again). When the worker is idle, everything is thawed and
-collected once.
+sessions takes tens of milliseconds, so it is never left to chance: the young generations are collected by themselves,
+and what survives is frozen (not looked at again). A collection looks at what was made since the last one, so its length
+goes with load and interval: the interval follows, to keep a pause near `GOOD_PAUSE_SECONDS`. When the worker is idle,
+everything is thawed and collected once.
 """
 
 from __future__ import annotations
@@ -13,7 +14,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-YOUNG_SECONDS = 0.25
+LONGEST_YOUNG_SECONDS = 0.25
+"""Between two collections of the young generations while little happens."""
+
+GOOD_PAUSE_SECONDS = 0.0015
+"""A turn under load waits that long for its next step anyway; the bound to keep is 5 ms."""
+
 FULL_SECONDS = 60.0
 """The least time between two full collections."""
 
@@ -28,6 +34,8 @@ class Collector:
         self._on_pause = on_pause
         self._clock = clock
         self._began = 0.0
+        self._pause = 0.0
+        self._young_every = LONGEST_YOUNG_SECONDS
         self._young_at = 0.0
         self._full_at = 0.0
 
@@ -54,13 +62,16 @@ class Collector:
             gc.collect()
             gc.freeze()
             self._full_at = self._young_at = self._clock()
-        elif now - self._young_at >= YOUNG_SECONDS:
+        elif now - self._young_at >= self._young_every:
             gc.collect(1)
             gc.freeze()
+            wanted = self._young_every * GOOD_PAUSE_SECONDS / max(self._pause, GOOD_PAUSE_SECONDS / 2)
+            self._young_every = min(wanted, LONGEST_YOUNG_SECONDS)
             self._young_at = now
 
     def _measure(self, phase: str, info: dict[str, Any]) -> None:
         if phase == "start":
             self._began = time.perf_counter()
         else:
-            self._on_pause(time.perf_counter() - self._began)
+            self._pause = time.perf_counter() - self._began
+            self._on_pause(self._pause)

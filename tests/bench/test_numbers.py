@@ -14,6 +14,7 @@ from bench.fake_config import FakeConfig
 from bench.gate import Side, compare, suspect
 from bench.ideal import first_clause_tokens, ideal_ms, spoken_clauses, waits_ms
 from bench.measure import Spread, encoded, histogram, quantile
+from bench.pauses import Pauses
 
 
 def test_fixed_delay_is_always_the_same() -> None:
@@ -150,3 +151,21 @@ def test_gate_forgives_what_it_cannot_see_twice() -> None:
     assert suspect(verdict.first)
     assert verdict.again
     assert not verdict.failed
+
+
+def test_pauses_are_read_from_the_servers_own_histogram() -> None:
+    page = """# HELP orchestrator_gc_pause_seconds How long
+orchestrator_gc_pause_seconds_sum {sum}
+orchestrator_gc_pause_seconds_bucket{{le="0.001"}} {one}
+orchestrator_gc_pause_seconds_bucket{{le="0.005"}} {five}
+orchestrator_gc_pause_seconds_bucket{{le="+Inf"}} {all}
+orchestrator_gc_pause_seconds_count {all}
+"""
+    before = Pauses.parse(page.format(sum=0.02, one=3.0, five=4.0, all=5.0))
+    seen = Pauses.parse(page.format(sum=0.03, one=9.0, five=12.0, all=13.0)).since(before)
+    assert seen.counts == {1.0: 6, 5.0: 2, math.inf: 0}
+    assert (seen.number, seen.longest_ms) == (8, 5.0)
+    assert seen.total_ms == pytest.approx(10.0)
+    assert before.longest_ms == math.inf
+    with pytest.raises(ValueError, match="no histogram"):
+        Pauses.parse("orchestrator_turns_total 3.0")

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from orchestrator.server.collector import FULL_SECONDS, YOUNG_SECONDS, Collector
+from orchestrator.server.collector import FULL_SECONDS, GOOD_PAUSE_SECONDS, LONGEST_YOUNG_SECONDS, Collector
 
 
 class Node:
@@ -46,7 +46,7 @@ def test_young_garbage_goes_at_the_next_beat(collector: Collector, clock: list[f
     make_cycle()
     collector.tick(idle=False)
     assert nodes() == 2
-    clock[0] += 1.5 * YOUNG_SECONDS
+    clock[0] += 1.5 * LONGEST_YOUNG_SECONDS
     collector.tick(idle=False)
     assert nodes() == 0
     assert len(pauses) == 1
@@ -57,13 +57,13 @@ def test_what_survives_is_not_looked_at_again_until_the_worker_is_idle(
 ) -> None:
     held = Node()
     held.other = held
-    clock[0] += 1.5 * YOUNG_SECONDS
+    clock[0] += 1.5 * LONGEST_YOUNG_SECONDS
     collector.tick(idle=False)
     frozen = gc.get_freeze_count()
     assert frozen > 0
     del held
     for _ in range(20):
-        clock[0] += 1.5 * YOUNG_SECONDS
+        clock[0] += 1.5 * LONGEST_YOUNG_SECONDS
         collector.tick(idle=False)
     gc.unfreeze()
     assert nodes() == 1
@@ -77,3 +77,28 @@ def test_what_survives_is_not_looked_at_again_until_the_worker_is_idle(
 
 def test_the_automatic_collector_is_off_meanwhile(collector: Collector) -> None:
     assert not gc.isenabled()
+
+
+def test_long_pauses_make_the_next_ones_come_sooner(
+    collector: Collector, clock: list[float], pauses: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a made-up stop watch: a collection takes 2 % of the time since the last one, as under a heavy load."""
+    watch = [0.0]
+    last = [clock[0]]
+
+    def measured(phase: str, info: dict[str, int]) -> None:
+        if phase == "start":
+            watch[0] += 0.02 * (clock[0] - last[0])
+            last[0] = clock[0]
+
+    monkeypatch.setattr("orchestrator.server.collector.time.perf_counter", lambda: watch[0])
+    gc.callbacks.append(measured)
+    try:
+        for _ in range(400):
+            clock[0] += 0.01
+            collector.tick(idle=False)
+    finally:
+        gc.callbacks.remove(measured)
+    assert pauses[0] == pytest.approx(0.02 * LONGEST_YOUNG_SECONDS, rel=0.1)
+    assert pauses[-1] == pytest.approx(GOOD_PAUSE_SECONDS, rel=0.2)
+    assert len(pauses) > 20
