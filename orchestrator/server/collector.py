@@ -17,8 +17,8 @@ from typing import Any
 LONGEST_YOUNG_SECONDS = 0.25
 """Between two collections of the young generations while little happens."""
 
-GOOD_PAUSE_SECONDS = 0.0015
-"""A turn under load waits that long for its next step anyway; the bound to keep is 5 ms."""
+GOOD_PAUSE_SECONDS = 0.0025
+"""A step of a turn under load waits that long anyway; the bound to keep is 5 ms."""
 
 FULL_SECONDS = 60.0
 """The least time between two full collections."""
