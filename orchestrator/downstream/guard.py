@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 from orchestrator.core.resilience import Breaker, BreakerPolicy, Permit
 from orchestrator.downstream.http_pool import StatusError
@@ -19,15 +19,6 @@ class CallObserver(Protocol):
     def downstream(self, service: str, outcome: str, seconds: float) -> None: ...
 
     def breaker_state(self, service: str, state: str) -> None: ...
-
-
-@runtime_checkable
-class ExtraRequestObserver(Protocol):
-    """An observer that counts extra requests too.
-
-    `kind` is `hedge` or `retry`; `result` is `won` (its answer was used), `lost` (the first request was faster) or
-    `failed`.
-    """
 
     def extra_request(self, service: str, kind: str, result: str) -> None: ...
 
@@ -47,7 +38,6 @@ class ServiceGuard:
         self.loop = loop
         self.clock = loop.time
         self._observer = observer
-        self._extra = observer if isinstance(observer, ExtraRequestObserver) else None
         self._fair_seconds = usual_timeout * _FAIR_SHARE
         self._breaker = Breaker(policy or BreakerPolicy())
         self._told = self._breaker.state
@@ -90,8 +80,7 @@ class ServiceGuard:
 
     def observe_extra(self, kind: str, result: str) -> None:
         """Report how an extra request ended."""
-        if self._extra is not None:
-            self._extra.extra_request(self.service, kind, result)
+        self._observer.extra_request(self.service, kind, result)
 
     def _is_fault(self, error: DownstreamError, seconds: float) -> bool:
         """Not the service's fault: a request it rightly refused, and a wait that was cut short by our own budget."""

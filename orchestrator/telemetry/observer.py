@@ -35,6 +35,10 @@ class Observer:
     def downstream(self, service: str, outcome: str, seconds: float) -> None:
         """A downstream call ended: `outcome` is ok, cancelled, or an errors.Failure value."""
 
+    def extra_request(self, service: str, kind: str, result: str) -> None:
+        """An extra request ended. `kind` is hedge or retry; `result` is won (its answer was used), lost (the first one
+        was faster) or failed."""
+
     def breaker_state(self, service: str, state: str) -> None:
         """A circuit breaker is now closed, half_open or open."""
 

@@ -137,6 +137,10 @@ class PrometheusObserver(Observer):
             buckets=STAGE_BUCKETS, registry=registry,
         )  # fmt: skip
         self._second_children: dict[str, Histogram] = {}
+        self._extra = Counter(
+            "orchestrator_extra_requests", "Hedged and repeated calls to services.", ("service", "kind", "result"),
+            registry=registry,
+        )  # fmt: skip
         self._breaker = Gauge(
             "orchestrator_breaker_state", "Circuit breaker: 0 closed, 1 half-open, 2 open; the worst worker's.",
             ("service",), registry=registry, multiprocess_mode="livemax",
@@ -195,6 +199,9 @@ class PrometheusObserver(Observer):
         if times is None:
             times = self._second_children[service] = self._seconds.labels(service)
         times.observe(seconds)
+
+    def extra_request(self, service: str, kind: str, result: str) -> None:
+        self._extra.labels(service, kind, result).inc()
 
     def breaker_state(self, service: str, state: str) -> None:
         self._breaker.labels(service).set(BREAKER_LEVELS[state])

@@ -22,6 +22,7 @@ NAMES = {
     "orchestrator_turns", "orchestrator_budget_exceeded", "orchestrator_barge_in_stop_seconds",
     "orchestrator_speculation", "orchestrator_sessions", "orchestrator_sessions_rejected", "orchestrator_handoffs",
     "orchestrator_downstream_requests", "orchestrator_downstream_seconds", "orchestrator_breaker_state",
+    "orchestrator_extra_requests",
     "orchestrator_store_writes", "orchestrator_store_dirty", "orchestrator_redis_connected",
     "orchestrator_loop_lag_seconds", "orchestrator_gc_pause_seconds", "orchestrator_worker_restarts",
 }  # fmt: skip
@@ -54,6 +55,7 @@ def everything(observer: PrometheusObserver) -> None:
     observer.session_rejected("full")
     observer.handed_off("local")
     observer.downstream("intent", "ok", 0.05)
+    observer.extra_request("rag", "hedge", "won")
     observer.breaker_state("rag", "half_open")
     observer.store_written("ok", 3)
     observer.store_state(True, 2)
@@ -89,6 +91,7 @@ def test_workers_are_summed_and_the_worst_counts(tmp_path: Path):
     assert seen["orchestrator_budget_exceeded_total", (("stage", "first_clause"),)] == 2
     assert seen["orchestrator_sessions", (("state", "IDLE"),)] == 4
     assert seen["orchestrator_breaker_state", (("service", "rag"),)] == 2
+    assert seen["orchestrator_extra_requests_total", (("kind", "hedge"), ("result", "won"), ("service", "rag"))] == 2
     assert seen["orchestrator_redis_connected", ()] == 0
     assert seen["orchestrator_store_dirty", ()] == 7
     assert seen["orchestrator_store_writes_total", (("result", "ok"),)] == 6
