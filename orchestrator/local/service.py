@@ -7,7 +7,6 @@ import asyncio
 import ctypes
 import gc
 import logging
-import os
 import signal
 import socket
 import sys
@@ -21,12 +20,12 @@ import uvloop
 from aiohttp import web
 
 from orchestrator.local.errors import LocalStackError
+from orchestrator.process import end_with_parent
 
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-_PR_SET_PDEATHSIG: Final = 1
 _SHUTDOWN_S: Final = 1.0
 _BACKLOG: Final = 128
 
@@ -61,8 +60,8 @@ def run(name: str, args: argparse.Namespace, build: Callable[[], web.Application
     """
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
     try:
-        if args.parent is not None:
-            end_with_parent(args.parent)
+        if args.parent is not None and not end_with_parent(args.parent, signal.SIGKILL):
+            raise LocalStackError(f"the supervisor (process {args.parent}) ended before the service had started")
         listener = _listener(name, args)
         with listener:
             app = build()
@@ -75,14 +74,6 @@ def run(name: str, args: argparse.Namespace, build: Callable[[], web.Application
     except KeyboardInterrupt:
         return 130
     return 0
-
-
-def end_with_parent(parent: int) -> None:
-    """Ask the kernel to kill this process when process `parent` ends, however it ends (Linux only)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:
-        raise LocalStackError(f"the supervisor (process {parent}) ended before the service had started")
 
 
 def _trim_memory() -> None:
