@@ -45,14 +45,15 @@ class Understanding:
         self._attempt = attempt
         self._early = partial and runtime.settings.rag_incremental
         services = runtime.services
-        if services.intent is not None:
-            call = self._call("intent", runtime.settings.intent_timeout_ms)
-            self._tasks.append(runtime.loop.create_task(self._classify(services.intent, call)))
+        # RAG is the slower of the two nearly everywhere, so its request is the one that is written first.
         if services.rag is not None and self._early:
             call = self._call("rag", runtime.settings.rag_timeout_ms)
             self._tasks.append(runtime.loop.create_task(self._retrieve_early(services.rag, call)))
         else:
             self._ask_rag()
+        if services.intent is not None:
+            call = self._call("intent", runtime.settings.intent_timeout_ms)
+            self._tasks.append(runtime.loop.create_task(self._classify(services.intent, call)))
 
     def complete(self) -> None:
         """The text is the turn's: ask RAG in earnest if it was only told to retrieve early."""
