@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,8 @@ import uvloop
 
 from bench import report
 from bench.fakes import FakeConfig
-from bench.runs import Plan, Target, run_plan, stack
+from bench.runs import Plan, Result, Stack, Target, connected_crowd, load, no_collections, stack
+from bench.timers import timers_for
 
 SESSIONS = 600
 TURNS_PER_SECOND = 50.0
@@ -52,14 +54,38 @@ class Pauses:
         return max((edge for edge, count in self.counts.items() if count), default=0.0)
 
 
+async def _measure(up: Stack, plan: Plan) -> tuple[Result, Pauses]:
+    """From the first turns to shortly before the last: not while hundreds connect, nor when nobody speaks any more."""
+    timers = timers_for(asyncio.get_running_loop())
+    crowd = await connected_crowd(up, plan.sessions, timers)
+    try:
+        reading = asyncio.create_task(_read(up, plan))
+        with no_collections():
+            result = await load(up, plan, crowd, timers, up.target.name)
+        return result, await reading
+    finally:
+        crowd.close()
+        await asyncio.sleep(0.1)
+        timers.close()
+
+
+async def _read(up: Stack, plan: Plan) -> Pauses:
+    await asyncio.sleep(plan.warmup_s / 2)
+    before = await asyncio.to_thread(_pauses, up)
+    await asyncio.sleep(plan.seconds - plan.warmup_s / 2 - 1.0)
+    return (await asyncio.to_thread(_pauses, up)).since(before)
+
+
+def _pauses(up: Stack) -> Pauses:
+    return Pauses.parse(up.server.get("/metrics")[1].decode())
+
+
 def run(target: Target, config: FakeConfig, *, minutes: float = 10.0) -> dict[str, Any]:
-    """Keeps conversations going, reads the server's own histogram before and after, prints the difference."""
+    """Keeps conversations going, reads the server's own histogram while they do, prints the difference."""
     windows = max(1, round(minutes * 60 / _WINDOW_S))
     plan = Plan(SESSIONS, TURNS_PER_SECOND, windows, _WINDOW_S, extra_windows=0)
     with stack(target, config) as up:
-        before = Pauses.parse(up.server.get("/metrics")[1].decode())
-        result = uvloop.run(run_plan(up, plan, target.name))
-        seen = Pauses.parse(up.server.get("/metrics")[1].decode()).since(before)
+        result, seen = uvloop.run(_measure(up, plan))
     rows = [[f"≤ {edge:g}", str(count)] for edge, count in sorted(seen.counts.items()) if count]
     title = f"Pauses by garbage collection, {target.name}, {minutes:g} minutes at {TURNS_PER_SECOND:g} turns/s"
     report.table(("ms", "pauses"), rows, title=title)
