@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from orchestrator.conversation.prompt import build_messages
 from orchestrator.core.budget import Ledger
-from orchestrator.downstream.types import Call, Intent, Pace, Retrieval
+from orchestrator.downstream.types import Call, Intent, Pace, Retrieval, Stream
 from orchestrator.errors import DownstreamError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
-
     from orchestrator.conversation.runtime import Runtime
     from orchestrator.store.record import HistoryEntry
 
@@ -39,7 +37,7 @@ class _Source:
     """One way to an answer. `stage` is what counts as degraded when it gives none."""
 
     stage: str
-    open: Callable[[], AsyncIterator[str]]
+    open: Callable[[], Stream[str]]
 
 
 class AnswerStream:
@@ -65,7 +63,7 @@ class AnswerStream:
         seconds = len(first_clause) * _GATHER_SECONDS_PER_CHARACTER
         self._pace.gather_seconds = min(seconds, _MOST_GATHER_SECONDS)
 
-    async def pieces(self, intent: Intent, retrieval: Retrieval | None) -> AsyncIterator[str]:
+    async def pieces(self, intent: Intent, retrieval: Retrieval | None) -> AsyncGenerator[str, None]:
         """Text deltas; none at all if no source has anything to say."""
         clock, ledger = self._runtime.clock, self._ledger
         first_token_stage = "rag" if ledger.rag_answers else "llm_first_token"
@@ -75,7 +73,7 @@ class AnswerStream:
         for source in self._sources(intent, retrieval):
             told = False
             try:
-                async with aclosing(cast("AsyncGenerator[str, None]", source.open())) as deltas:
+                async with aclosing(source.open()) as deltas:
                     async for delta in deltas:
                         if not told and not delta.isspace():
                             told = True
@@ -121,5 +119,5 @@ class AnswerStream:
         return Call(question.session_id, question.turn_number, stage, left, stall_ms, self._pace)
 
 
-async def _once(text: str) -> AsyncIterator[str]:
+async def _once(text: str) -> AsyncGenerator[str, None]:
     yield text

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from orchestrator.conversation.answer import AnswerStream, Question
 from orchestrator.conversation.feed import ClauseFeed
@@ -22,8 +22,6 @@ from orchestrator.downstream.types import UNKNOWN_INTENT, Call, Intent, TtsServi
 from orchestrator.errors import DownstreamError, Failure
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
-
     from orchestrator.conversation.runtime import Runtime
 
 MAX_ANSWER_CHARS = 16_384
@@ -207,7 +205,7 @@ class Turn:
         cutter = ClauseCutter()
         size = 0
         pieces = self._answer.pieces(understanding.intent, understanding.retrieval)
-        async with aclosing(cast("AsyncGenerator[str, None]", pieces)) as deltas:
+        async with aclosing(pieces) as deltas:
             async for delta in deltas:
                 for clause in cutter.push(delta):
                     self._write(clause)
@@ -271,7 +269,7 @@ class Turn:
         call = Call(self.question.session_id, self.number, f"tts-{index}", timeout, settings.stall_timeout_ms)
         begun = False
         try:
-            async with aclosing(cast("AsyncGenerator[bytes, None]", _chunks(tts, clause, call))) as chunks:
+            async with aclosing(tts.synthesize(clause, call)) as chunks:
                 async for pcm in chunks:
                     if not begun:
                         ledger.end("tts_first_chunk", clock())
@@ -322,7 +320,3 @@ class Turn:
             return
         log.error("turn %d of session %s failed", self.number, self.question.session_id, exc_info=error)
         self._deliver(self.number, TurnBroken("internal_error", "the turn failed inside the orchestrator"))
-
-
-def _chunks(tts: TtsService, clause: str, call: Call) -> AsyncIterator[bytes]:
-    return tts.synthesize(clause, call)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypedDict
+from typing import Protocol, TypedDict, TypeVar
+
+T_co = TypeVar("T_co", covariant=True)
 
 
 @dataclass(slots=True)
@@ -64,6 +66,16 @@ class Message(TypedDict):
     content: str
 
 
+class Stream(Protocol[T_co]):
+    """Pieces of an answer, and a way to abandon the rest; any async generator is one."""
+
+    def __aiter__(self) -> AsyncIterator[T_co]: ...
+
+    def __anext__(self) -> Awaitable[T_co]: ...
+
+    def aclose(self) -> Awaitable[object]: ...
+
+
 class IntentService(Protocol):
     async def classify(self, text: str, call: Call) -> Intent:
         """The intent of `text`. Raises DownstreamError, also when `call.timeout_ms` has passed."""
@@ -75,7 +87,7 @@ class RagService(Protocol):
         """Passages and an answer for `text`. Raises DownstreamError."""
         ...
 
-    def stream_query(self, text: str, call: Call) -> AsyncIterator[str]:
+    def stream_query(self, text: str, call: Call) -> Stream[str]:
         """The answer to `text` as it is written, piece by piece. Raises DownstreamError from the iteration."""
         ...
 
@@ -83,13 +95,13 @@ class RagService(Protocol):
         """Have the service retrieve for a partial `text` already; it keeps what it found. Raises DownstreamError."""
         ...
 
-    def stream_incremental(self, text: str, call: Call) -> AsyncIterator[str]:
+    def stream_incremental(self, text: str, call: Call) -> Stream[str]:
         """Like `stream_query`, from what the service retrieved early for the session."""
         ...
 
 
 class LlmService(Protocol):
-    def stream(self, messages: Sequence[Message], call: Call) -> AsyncIterator[str]:
+    def stream(self, messages: Sequence[Message], call: Call) -> Stream[str]:
         """Text deltas of the reply. Raises DownstreamError from the iteration.
 
         The consumer may abandon it at any point by `aclose()` or cancellation: the request is then aborted on the wire.
@@ -107,7 +119,7 @@ class TtsService(Protocol):
         """The session will speak soon: open what `synthesize` will need. Never blocks, never raises."""
         ...
 
-    def synthesize(self, text: str, call: Call) -> AsyncIterator[bytes]:
+    def synthesize(self, text: str, call: Call) -> Stream[bytes]:
         """PCM16 mono chunks (whole samples) of `text`. Raises DownstreamError from the iteration.
 
         Abandoning it by `aclose()` or cancellation stops the synthesis on the wire (abort, or the protocol's cancel).
