@@ -169,6 +169,11 @@ class Playback:
             self._cancel_due()
             self._pump()
 
+    def left_ms(self) -> float:
+        """Milliseconds until the caller has heard all audio that is here."""
+        ahead = max(0.0, self._play_end - self._loop.time())
+        return ahead * 1000.0 + self._queue.size / self._bytes_per_ms
+
     def played_ms(self) -> float:
         """Milliseconds of this turn's audio that the caller has heard by now."""
         now = self._loop.time()

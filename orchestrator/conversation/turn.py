@@ -266,6 +266,9 @@ class Turn:
         if index == 0:
             timeout = ledger.left_ms(timeout, clock())
             ledger.begin("tts_first_chunk", clock())
+        elif self.playback is not None:
+            # The caller waits for it only when what is here has been heard.
+            timeout += self.playback.left_ms()
         call = Call(self.question.session_id, self.number, f"tts-{index}", timeout, settings.stall_timeout_ms)
         begun = False
         try:

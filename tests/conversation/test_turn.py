@@ -358,6 +358,21 @@ async def test_the_next_clause_is_asked_for_when_what_is_left_would_just_cover_i
 
 
 @staged
+async def test_a_later_clause_may_take_as_long_as_there_is_audio_left() -> None:
+    stage = Stage()
+    session = await stage.connect()
+    stage.ask(session)
+    await stage.link.until("response_ready")
+    stage.tts.delay_ms = 700
+    done = await stage.link.until("turn_complete")
+    assert done.message["degraded"] == []
+    assert stage.link.audio_ms() == pytest.approx(3000)
+    first, later = stage.tts.seen.calls
+    assert first.timeout_ms == 200
+    assert later.timeout_ms == pytest.approx(900, abs=FRAME_MS)
+
+
+@staged
 async def test_tts_that_fails_in_a_later_clause_plays_what_is_there() -> None:
     stage = Stage()
     stage.tts = ScriptedTts(fails=Failure.STATUS, fails_from=1)
