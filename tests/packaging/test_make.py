@@ -38,10 +38,12 @@ def test_script_is_plain_shell(script: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_ci_runs_make_test() -> None:
+def test_ci_runs_make_test_and_the_gate() -> None:
     script = ROOT / ".ci" / "run"
     assert script.stat().st_mode & stat.S_IXUSR
-    assert script.read_text(encoding="utf-8").rstrip().splitlines()[-1].endswith("make test </dev/null")
+    text = script.read_text(encoding="utf-8")
+    assert "set -euo pipefail" in text
+    assert text.index("make test </dev/null") < text.index("make bench ARGS='gate --no-turns'")
     done = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
