@@ -1,4 +1,4 @@
-"""One timer for all sessions of a worker: callbacks due in the same 10 ms share one wake-up of the loop."""
+"""One timer for all sessions of a worker: callbacks due in the same 5 ms share one wake-up of the loop."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import math
 from collections.abc import Callable
 
-TICK_SECONDS = 0.01
+TICK_SECONDS = 0.005
 
 
 class Due:
