@@ -11,7 +11,8 @@ from typing import Any
 import uvloop
 
 from bench import report
-from bench.client import UTTERANCES, Turn, failures
+from bench.client import UTTERANCES, Turn
+from bench.crowd import failures
 from bench.fakes import FakeConfig
 from bench.measure import Spread, quantile
 from bench.runs import Stack, Target, connected_crowd, no_collections, stack, tick

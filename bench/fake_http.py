@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import cast
@@ -223,7 +224,7 @@ def _content_length(lower: bytes) -> int | None:
     return None if b"\r\ntransfer-encoding:" in lower else 0
 
 
-class FakeService:
+class FakeService(ABC):
     """State common to the connections of one fake service; subclasses answer requests in `answer`."""
 
     name = ""
@@ -246,9 +247,9 @@ class FakeService:
         self.timings: list[tuple[str, str, float, float, float]] = []
         self.rng = random.Random(f"{config.seed}:{self.name}")
 
+    @abstractmethod
     def answer(self, exchange: Exchange, request: Request, script: Script | None) -> None:
         """Starts the answer to one request; `exchange` is already the connection's current one."""
-        raise NotImplementedError
 
     def upgrade(self, conn: HttpConnection, request: Request) -> bool:
         """Takes over the connection for a WebSocket; False where this service has none on that path."""

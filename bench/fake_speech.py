@@ -6,6 +6,7 @@ import base64
 import math
 import struct
 import time
+from abc import ABC, abstractmethod
 from typing import Any
 from urllib.parse import parse_qs
 
@@ -112,7 +113,7 @@ def speech_pieces(pcm: bytes, count: int) -> list[bytes]:
     return pieces
 
 
-class WsPeer:
+class WsPeer(ABC):
     """A WebSocket connection of a fake service."""
 
     def __init__(self, service: FakeService, conn: HttpConnection, request: Request) -> None:
@@ -143,8 +144,9 @@ class WsPeer:
                 self.conn.write(frame(CLOSE, payload))
                 self.conn.close()
 
+    @abstractmethod
     def message(self, message: dict[str, Any]) -> None:
-        raise NotImplementedError
+        """One JSON message of the client's."""
 
     def audio(self, size: int) -> None:
         return None

@@ -11,7 +11,7 @@ from typing import Any
 import uvloop
 
 from bench import report
-from bench.client import Crowd
+from bench.crowd import Crowd
 from bench.fakes import FakeConfig
 from bench.measure import Spread, quantile
 from bench.runs import Stack, Target, no_collections, stack

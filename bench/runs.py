@@ -16,7 +16,8 @@ from time import monotonic
 
 import click
 
-from bench.client import Crowd, Turn, failures
+from bench.client import Turn
+from bench.crowd import Crowd, failures
 from bench.fakes import FakeConfig, FakeProcess
 from bench.floor import FloorLoad
 from bench.ideal import Timing, ideal_ms, spoken_clauses, waits_ms

@@ -198,8 +198,8 @@ class Settings:
 
 
 def without_password(url: str) -> str:
-    """`url` fit to be shown: what stands before the last @ of its authority is hidden."""
-    return re.sub(r"(//|^)[^/\s]*@", r"\1(hidden)@", url)
+    """`url` fit to be shown: all between its scheme and its last @ is hidden."""
+    return re.sub(r"^([^@]*?//)?.*@", r"\1(hidden)@", url, flags=re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,7 +225,8 @@ def load_settings(environ: Mapping[str, str]) -> Settings:
         try:
             values[spec.name] = spec.metadata["parse"](raw)
         except ValueError as error:
-            shown = "(hidden)" if spec.metadata["secret"] and spec.name != "redis_url" else repr(without_password(raw))
+            secret = spec.metadata["secret"] and spec.name != "redis_url"
+            shown = "(hidden)" if secret else repr(without_password(raw) if spec.name.endswith("_url") else raw)
             raise SettingsError(f"{variable}={shown} is not accepted: {error}") from None
     settings = Settings(**values)
     if not settings.rag_service_url and not settings.llm_base_url:
@@ -246,7 +247,7 @@ def describe_settings(environ: Mapping[str, str]) -> list[SettingSource]:
     for spec in fields(Settings):
         value = getattr(settings, spec.name)
         shown = "(set)" if spec.metadata["secret"] and value and spec.name != "redis_url" else str(value)
-        if spec.name == "redis_url":
+        if spec.name.endswith("_url"):
             shown = without_password(shown)
         if isinstance(value, tuple):
             shown = ",".join(value)

@@ -45,11 +45,16 @@ def test_a_wrong_value_is_one_clear_line(variable: str, value: str, accepted: st
     assert accepted in line
 
 
-@pytest.mark.parametrize("url", ["http://me:hunter2@redis/0", "me:hunter2@redis:6379", "ftp://:hunter2@h"])
-def test_a_wrong_store_url_does_not_show_its_password(url: str) -> None:
+@pytest.mark.parametrize("variable", ["REDIS_URL", "INTENT_SERVICE_URL", "LLM_BASE_URL"])
+@pytest.mark.parametrize(
+    "url",
+    ["ws://me:hunter2@redis/0", "me:hunter2@redis:6379", "ftp://:hunter2@h", "ftp://me:/@hunter2/@h", "@hunter2@"],
+)
+def test_a_wrong_url_does_not_show_its_password(variable: str, url: str) -> None:
     with pytest.raises(SettingsError) as caught:
-        load_settings({"REDIS_URL": url})
+        load_settings({variable: url})
     assert "hunter2" not in str(caught.value)
+    assert "(hidden)@" in str(caught.value)
 
 
 def test_something_must_be_able_to_answer() -> None:
@@ -82,6 +87,7 @@ def test_foreign_variables_are_nobodys_business() -> None:
 
 def test_the_description_names_sources_and_shows_no_secret() -> None:
     secrets = {"LLM_API_KEY": "hunter2", "TTS_API_KEY": "hunter2", "AUTH_JWT_SECRET": "hunter2" * 5}
+    secrets["RAG_SERVICE_URL"] = "https://me:hunter2@rag:8003"
     rows = describe_settings({**secrets, "REDIS_URL": "redis://me:hunter2@store:6379/1", "PORT": "9000"})
     assert [row.variable for row in rows] == VARIABLES
     by_name = {row.variable: row for row in rows}

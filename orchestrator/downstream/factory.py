@@ -16,7 +16,6 @@ from orchestrator.downstream.stt import SttEvent, SttRelay
 from orchestrator.downstream.tts import TtsClient
 from orchestrator.downstream.tts_openai import TtsOpenAi
 from orchestrator.downstream.tts_stream import TtsStream
-from orchestrator.downstream.types import Call
 from orchestrator.downstream.ws_link import WsEndpoint
 from orchestrator.errors import DownstreamError
 from orchestrator.settings import Settings
@@ -32,12 +31,9 @@ class Downstream:
     Construct it anywhere; `start()` and `close()` belong into the loop that uses it.
     """
 
-    def __init__(
-        self, settings: Settings, observer: CallObserver, traceparent: Callable[[Call], str] | None = None
-    ) -> None:
+    def __init__(self, settings: Settings, observer: CallObserver) -> None:
         self._settings = settings
         self._observer = observer
-        self._traceparent = traceparent
         self._limit = max(_LEAST_CONNECTIONS, 2 * settings.max_concurrent_sessions // max(1, settings.web_concurrency))
         self._pools: list[HttpPool] = []
         self._guards: list[ServiceGuard] = []
@@ -110,7 +106,6 @@ class Downstream:
             api_key=api_key,
             warm_path=warm_path,
             read_buffer_bytes=buffer,
-            traceparent=self._traceparent,
         )
         pool.open()
         self._pools.append(pool)

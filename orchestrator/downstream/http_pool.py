@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TypeVar
 
 import aiohttp
@@ -34,7 +34,6 @@ _SESSION_ID = istr("X-Session-Id")
 _TURN_NUMBER = istr("X-Turn-Number")
 _TIMEOUT_MS = istr("X-Request-Timeout-Ms")
 _IDEMPOTENCY_KEY = istr("Idempotency-Key")
-_TRACEPARENT = istr("traceparent")
 _STATIC_HEADERS: Mapping[str, str] = {
     istr("Content-Type"): "application/json",
     istr("Accept-Encoding"): "identity",
@@ -57,7 +56,7 @@ class HttpPool:
     """Keep-alive connections of one worker to one service.
 
     Construct it anywhere, `open()` it inside the running loop. `limit` bounds the connections in use; a call beyond it
-    waits within its own deadline. `traceparent`, where tracing is on, gives the W3C header for a call.
+    waits within its own deadline.
     """
 
     def __init__(
@@ -70,7 +69,6 @@ class HttpPool:
         warm_path: str = "/health",
         warm_connections: int = 2,
         read_buffer_bytes: int = 65_536,
-        traceparent: Callable[[Call], str] | None = None,
     ) -> None:
         self.service = service
         self.base_url = base_url
@@ -78,7 +76,6 @@ class HttpPool:
         self._limit = limit
         self._warm_url = URL(base_url + warm_path)
         self._read_buffer_bytes = read_buffer_bytes
-        self._traceparent = traceparent
         self._headers = dict(_STATIC_HEADERS)
         if api_key:
             self._headers[istr("Authorization")] = f"Bearer {api_key}"
@@ -166,8 +163,6 @@ class HttpPool:
         headers[_TURN_NUMBER] = str(call.turn_number)
         headers[_TIMEOUT_MS] = str(int(left_ms))
         headers[_IDEMPOTENCY_KEY] = f"{call.session_id}:{call.turn_number}:{call.stage}"
-        if self._traceparent is not None:
-            headers[_TRACEPARENT] = self._traceparent(call)
         try:
             try:
                 response = await self._live_session().post(url, data=body, headers=headers, allow_redirects=False)

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-LONGEST_YOUNG_SECONDS = 0.25
+LONGEST_YOUNG_SECONDS = 0.15
 """Between two collections of the young generations while little happens."""
 
 GOOD_PAUSE_SECONDS = 0.0025

@@ -20,7 +20,7 @@ from orchestrator.errors import BadMessage
 from orchestrator.server import limits
 from orchestrator.server.limits import TokenBucket
 from orchestrator.server.wheel import NOT_SCHEDULED
-from orchestrator.wire.frames import binary_frame_header, text_frame_header
+from orchestrator.server.write_queue import WriteQueue
 from orchestrator.wire.messages import decode_message
 
 if TYPE_CHECKING:
@@ -47,9 +47,9 @@ class Connection(asyncio.Protocol):
     """The session's Link. Made when the request is admitted; `begin` starts it on its transport."""
 
     __slots__ = (
-        "_audio_at", "_bad_messages", "_closing", "_control_frames", "_early", "_end_stream", "_engine", "_flush_due",
+        "_bad_messages", "_closing", "_control_frames", "_early", "_end_stream", "_engine", "_flush_due",
         "_fragments", "_hub", "_last_received", "_left", "_messages", "_opening", "_out", "_ping_payload",
-        "_ping_sent_at", "_pings", "_query", "_queued", "_receiving", "_session", "_transport", "_write_paused",
+        "_ping_sent_at", "_pings", "_query", "_receiving", "_session", "_transport", "_write_paused",
         "connection_id", "session_id", "wheel_tick",
     )  # fmt: skip
 
@@ -68,9 +68,7 @@ class Connection(asyncio.Protocol):
         self._closing = False
         self._left = False
         self._receiving = False
-        self._out: list[bytes | memoryview] = []
-        self._audio_at: list[int] | None = None
-        self._queued = 0
+        self._out = WriteQueue()
         self._flush_due = False
         self._end_stream = False
         self._write_paused = False
@@ -91,7 +89,7 @@ class Connection(asyncio.Protocol):
         self._hub.transports.change(1)
         transport.set_write_buffer_limits(high=limits.WRITE_HIGH_WATER, low=limits.WRITE_LOW_WATER)
         self._early = rest or None
-        self._out.append(handshake)
+        self._out.add(handshake)
         self._hub.enter(self)
         self._hub.spawn(self._open())
         # After the task's first step: a session that is in memory says `connected` in the same write.
@@ -258,26 +256,19 @@ class Connection(asyncio.Protocol):
         """Queue a JSON text frame for this tick's write."""
         if self._closing:
             return
-        self._queue(text_frame_header(len(payload)), payload)
+        self._out.add_text(payload)
+        self._queued()
 
     def send_audio(self, pcm: bytes | memoryview) -> None:
         """Queue a binary frame for this tick's write."""
         if self._closing:
             return
-        if self._audio_at is None:
-            self._audio_at = [len(self._out)]
-        else:
-            self._audio_at.append(len(self._out))
-        self._queue(binary_frame_header(len(pcm)), pcm)
+        self._out.add_audio(pcm)
+        self._queued()
 
     def drop_audio(self) -> None:
         """Forget the binary frames that were not yet given to the transport."""
-        if self._audio_at is None:
-            return
-        for index in reversed(self._audio_at):
-            self._queued -= len(self._out[index]) + len(self._out[index + 1])
-            del self._out[index : index + 2]
-        self._audio_at = None
+        self._out.drop_audio()
 
     def flush(self) -> None:
         """Give the transport what is queued, in one write; while it is over its limit, keep it here."""
@@ -286,11 +277,7 @@ class Connection(asyncio.Protocol):
             return
         out = self._out
         if out:
-            data = b"".join(out)
-            out.clear()
-            self._audio_at = None
-            self._queued = 0
-            transport.write(data)
+            transport.write(out.take())
         if self._end_stream and not out and not transport.is_closing():
             self._end_stream = False
             transport.write_eof()
@@ -343,14 +330,10 @@ class Connection(asyncio.Protocol):
 
     # Common parts.
 
-    def _queue(self, header: bytes, payload: bytes | memoryview) -> None:
-        self._out.append(header)
-        self._out.append(payload)
-        self._queued += len(header) + len(payload)
-        if self._queued > limits.MAX_QUEUED_BYTES and self._write_paused:
+    def _queued(self) -> None:
+        """A frame was queued: see that it goes out, and that a client that does not read costs no more."""
+        if self._out.size > limits.MAX_QUEUED_BYTES and self._write_paused:
             self._out.clear()
-            self._audio_at = None
-            self._queued = 0
             self._fail(NOT_READING, "the client does not read")
         if not self._receiving:
             self._flush_soon()
@@ -359,8 +342,7 @@ class Connection(asyncio.Protocol):
         """Queue the engine's control frames behind what is queued; an empty chunk means the end of the stream."""
         for chunk in self._engine.data_to_send():
             if chunk:
-                self._out.append(chunk)
-                self._queued += len(chunk)
+                self._out.add(chunk)
             else:
                 self._end_stream = True
 

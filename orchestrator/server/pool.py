@@ -129,8 +129,7 @@ class Pool:
         self._arbiter_pid = os.getpid()
         if self.settings.otel_endpoint:
             log.warning(
-                "OTEL_EXPORTER_OTLP_ENDPOINT=%r has no effect: this release exports no traces, it only passes "
-                "traceparent on to the services",
+                "OTEL_EXPORTER_OTLP_ENDPOINT=%r has no effect: this release exports no traces",
                 self.settings.otel_endpoint,
             )
         try:

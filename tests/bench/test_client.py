@@ -9,7 +9,8 @@ import orjson
 import pytest
 import pytest_asyncio
 
-from bench.client import UTTERANCES, Crowd, Session, Turn, Utterance, failures
+from bench.client import UTTERANCES, Session, Turn, Utterance
+from bench.crowd import Crowd, failures
 from bench.fake_ws import BINARY, CLOSE, PING, PONG, TEXT, ClientFrames, accept_response, frame
 
 pytestmark = pytest.mark.asyncio

@@ -1,80 +1,19 @@
-"""How the tests here run: on virtual time, or on a real loop with real sockets; and services that misbehave exactly."""
+"""Services that misbehave exactly, and what the tests here call them with."""
 
 from __future__ import annotations
 
 import asyncio
-import functools
-import gc
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Any, ParamSpec, TypeVar
-
-import looptime
-import uvloop
+from typing import Any, TypeVar
 
 from orchestrator.downstream.types import Call
 from orchestrator.errors import DownstreamError
 
-P = ParamSpec("P")
 T = TypeVar("T")
-Test = Callable[P, Coroutine[Any, Any, None]]
 
 CALL = Call("test_001", 3, "stage", timeout_ms=5000.0, stall_ms=5000.0)
 SHORT = Call("test_001", 3, "stage", timeout_ms=150.0, stall_ms=150.0)
-
-
-def virtual(test: Test[P]) -> Callable[P, None]:
-    """Run a test on a loop whose clock jumps to the next timer. It may leave no task behind."""
-
-    @functools.wraps(test)
-    def run(*args: P.args, **kwargs: P.kwargs) -> None:
-        loop = looptime.new_event_loop(start=1000.0)
-        asyncio.set_event_loop(loop)
-        try:
-            loop.run_until_complete(_leaving_nothing(test(*args, **kwargs)))
-        finally:
-            loop.close()
-            asyncio.set_event_loop(None)
-
-    return run
-
-
-def live(test: Test[P]) -> Callable[P, None]:
-    """Run a test on uvloop with real sockets. It may leave no task behind; a hang ends it."""
-
-    @functools.wraps(test)
-    def run(*args: P.args, **kwargs: P.kwargs) -> None:
-        uvloop.run(asyncio.wait_for(_leaving_nothing(test(*args, **kwargs)), 30))
-
-    return run
-
-
-async def _leaving_nothing(test: Coroutine[Any, Any, None]) -> None:
-    complaints: list[dict[str, Any]] = []
-    asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
-    before = asyncio.all_tasks()
-    await test
-    left = await settled(before)
-    assert not left, f"tasks left behind: {left}"
-    gc.collect(1)
-    assert not complaints, f"the loop complained: {complaints}"
-
-
-async def settled(before: set[asyncio.Task[Any]]) -> set[asyncio.Task[Any]]:
-    """The tasks begun since `before` that do not end by themselves within a few steps."""
-    for _ in range(200):
-        left = asyncio.all_tasks() - before
-        if not left:
-            return set()
-        await asyncio.sleep(0.005)
-    return left
-
-
-async def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
-    """Returns as soon as the condition holds; fails the test if that takes too long."""
-    async with asyncio.timeout(seconds):
-        while not condition():
-            await asyncio.sleep(0.002)
 
 
 async def failure_of(awaitable: Awaitable[Any]) -> DownstreamError:

@@ -20,11 +20,12 @@ from orchestrator.downstream.ws_link import WsEndpoint
 from orchestrator.errors import DownstreamError, Failure
 from orchestrator.settings import load_settings
 from orchestrator.telemetry.observer import Observer
-from tests.downstream.running import CALL, Connection, RawServer, chunk, collect, failure_of, live, until
+from tests.downstream.running import CALL, Connection, RawServer, chunk, collect, failure_of
 from tests.downstream.test_guards import Seen
 from tests.downstream.test_http_clients import whole
 from tests.downstream.test_tts import A, B, echo, say
 from tests.downstream.ws_peers import Peer, ws_serving
+from tests.loops import live, until
 
 Operation = Callable[[], Awaitable[Any]]
 MOST_STEPS = 400

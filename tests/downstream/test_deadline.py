@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from orchestrator.downstream.deadline import Deadline
 from orchestrator.errors import DownstreamError, Failure
-from tests.downstream.running import virtual
+from tests.loops import virtual
 
 
 def now() -> float:

@@ -11,10 +11,19 @@ from orchestrator.downstream.types import IntentService, LlmService, RagService,
 from orchestrator.errors import DownstreamError, Failure
 from orchestrator.settings import load_settings
 from orchestrator.telemetry.observer import Observer
-from tests.downstream.running import CALL, Connection, RawServer, collect, failure_of, http_server, live, serving, until
+from tests.downstream.running import (
+    CALL,
+    Connection,
+    RawServer,
+    collect,
+    failure_of,
+    http_server,
+    serving,
+)
 from tests.downstream.test_guards import Seen
 from tests.downstream.test_http_clients import ANSWERS, whole
 from tests.downstream.ws_peers import Peer, ws_serving
+from tests.loops import live, until
 
 PATHS = {
     "/api/v1/classify": "intent",

@@ -16,7 +16,8 @@ from orchestrator.downstream.resilient import ResilientIntent, ResilientLlm
 from orchestrator.downstream.streams import PieceStream
 from orchestrator.downstream.types import Call, Intent
 from orchestrator.errors import DownstreamError, Failure
-from tests.downstream.running import collect, failure_of, settled, virtual
+from tests.downstream.running import collect, failure_of
+from tests.loops import settled, virtual
 
 USUAL_MS = 100.0
 

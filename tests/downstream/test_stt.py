@@ -21,8 +21,9 @@ from orchestrator.downstream.stt import (
 )
 from orchestrator.downstream.ws_link import WsEndpoint
 from orchestrator.errors import DownstreamError, Failure
-from tests.downstream.running import Connection, live, serving, until
+from tests.downstream.running import Connection, serving
 from tests.downstream.ws_peers import Peer, WsServer, ws_serving
+from tests.loops import live, until
 
 FRAME = b"\x01\x00" * 320
 """20 ms of audio."""

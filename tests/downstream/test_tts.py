@@ -20,8 +20,17 @@ from orchestrator.downstream.tts_stream import TtsStream
 from orchestrator.downstream.types import Call
 from orchestrator.downstream.ws_link import WsEndpoint
 from orchestrator.errors import DownstreamError, Failure
-from tests.downstream.running import CALL, SHORT, Connection, collect, failure_of, live, ok, serving, until
+from tests.downstream.running import (
+    CALL,
+    SHORT,
+    Connection,
+    collect,
+    failure_of,
+    ok,
+    serving,
+)
 from tests.downstream.ws_peers import Peer, WsServer, ws_serving
+from tests.loops import live, until
 
 A, B, C = b"\x0a\x00" * 100, b"\x0b\x00" * 100, b"\x0c\x00" * 100
 

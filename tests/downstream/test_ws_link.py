@@ -11,7 +11,7 @@ from websockets.server import ServerProtocol
 from websockets.uri import parse_uri
 
 from orchestrator.downstream.ws_link import WsLink
-from tests.downstream.running import virtual
+from tests.loops import virtual
 
 
 class Listener:

@@ -353,6 +353,12 @@ def test_a_wrong_setting_at_a_reload_is_refused_and_the_pool_goes_on(tmp_path: P
     assert health(pool)["workers"] == 1
 
 
+def test_a_setting_without_effect_is_said_aloud(start_fake_pool: StartPool):
+    pool = start_fake_pool({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://collector:4318"}, workers=1)
+    assert "OTEL_EXPORTER_OTLP_ENDPOINT='http://collector:4318' has no effect" in pool.log
+    assert "exports no traces" in pool.log
+
+
 def test_a_worker_that_cannot_start_does_not_stop_the_others(start_pool: StartPool):
     pool = start_pool(workers=2, compose="tests.server.fakes:build_sessions_except_once", wait=False)
     pool.wait_ready()

@@ -18,7 +18,7 @@ from redis.retry import Retry
 from orchestrator.store.embedded import server_binary
 from orchestrator.store.redis_store import SessionStore
 from orchestrator.store.stt_events import SttEvents
-from tests.store.running import live, until
+from tests.loops import live, until
 from tests.store.test_redis_store import Seen, record, snapshot, storing
 
 pytestmark = pytest.mark.server

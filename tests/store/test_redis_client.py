@@ -6,7 +6,7 @@ from redis.asyncio import Redis
 from redis.asyncio.cluster import RedisCluster
 
 from orchestrator.store.redis_client import SentinelAddress, make_client, parse_sentinel_url
-from tests.store.running import live
+from tests.loops import live
 
 
 @live

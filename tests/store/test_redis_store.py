@@ -17,8 +17,8 @@ from orchestrator.errors import SettingsError, StoreUnavailable
 from orchestrator.store import redis_store
 from orchestrator.store.record import HistoryEntry, SessionRecord
 from orchestrator.store.redis_store import SessionStore, session_key
+from tests.loops import live, until
 from tests.store.conftest import Valkey
-from tests.store.running import live, until
 
 
 class Seen:

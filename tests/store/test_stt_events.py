@@ -16,8 +16,8 @@ from redis.asyncio import Redis
 
 from orchestrator.store import stt_events
 from orchestrator.store.stt_events import SttEvents
+from tests.loops import live, until
 from tests.store.conftest import Valkey
-from tests.store.running import live, until
 
 CHANNEL = "leibniz:events:stt"
 
